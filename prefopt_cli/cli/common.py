@@ -1,0 +1,69 @@
+"""What the commands share: options, the two output streams, quiet libraries."""
+
+import os
+import sys
+import warnings
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="Path of a YAML recipe.", show_default=False)
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="Fields to set over the recipe's, such as method.beta=0.05.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", help="Show tracebacks and the libraries' own messages.", is_eager=True),
+]
+
+
+def standard_output() -> "Console":
+    """Results go here."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def standard_error() -> "Console":
+    """Progress and messages go here, so that results can be piped."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def is_debug() -> bool:
+    """Whether --debug was given anywhere on the command line."""
+    return "--debug" in sys.argv[1:]
+
+
+def prepare_libraries() -> None:
+    """Before torch and transformers are imported: no telemetry, and silence unless --debug was given."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if is_debug():
+        return
+    import logging
+
+    warnings.simplefilter("ignore")
+    for name in ("bitsandbytes", "torch", "trl", "accelerate", "peft", "datasets", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+def main_process() -> bool:
+    """False in all but the first of the processes that torchrun or accelerate started."""
+    return os.environ.get("RANK", "0") == "0"

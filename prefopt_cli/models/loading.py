@@ -1,0 +1,171 @@
+"""Configuration, tokenizer and weights of a policy, through transformers and peft."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.models.policy import PolicySource, require_same_adapter
+from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
+
+CHECKPOINT_DTYPE = "auto"
+"""What transformers calls the type that the checkpoint was saved in."""
+
+
+def load_config(source: PolicySource, settings: ModelSettings) -> Any:
+    """The model's configuration; no weights are touched.
+
+    Raises:
+        UserError: it cannot be had, or is of an architecture that transformers does not know.
+    """
+    with _loading_errors(source.weights):
+        return AutoConfig.from_pretrained(source.weights, **_hub_arguments(source, settings))
+
+
+def load_tokenizer(source: PolicySource, settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the policy, with the recipe's chat template if it names one.
+
+    Raises:
+        UserError: there is none, or the template file cannot be read.
+    """
+    folder = (
+        source.adapter if source.adapter and (source.adapter / "tokenizer_config.json").is_file() else None
+    )
+    place = str(folder or source.weights)
+    with _loading_errors(place):
+        tokenizer = AutoTokenizer.from_pretrained(place, **_hub_arguments(source, settings))
+    if settings.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(settings.chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"model.chat_template: {settings.chat_template} cannot be read: {error}"
+            ) from error
+    return tokenizer
+
+
+def load_model(
+    source: PolicySource, settings: ModelSettings, adapter: LoraAdapter | str
+) -> PreTrainedModel | PeftModel:
+    """The policy with its weights, on the CPU.
+
+    An adapter that belongs to the policy stays one when the recipe trains an adapter, and is merged into
+    the weights when the recipe trains all of them. A new adapter is not added here (see `new_adapter`).
+
+    Raises:
+        UserError: the weights cannot be had, or the adapter in place is not the one the recipe describes.
+    """
+    if isinstance(adapter, LoraAdapter):
+        require_same_adapter(source, adapter)
+    with _loading_errors(source.weights):
+        model = AutoModelForCausalLM.from_pretrained(
+            source.weights,
+            dtype=weights_dtype(settings, adapter),
+            use_safetensors=True,
+            **({"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}),
+            **_hub_arguments(source, settings),
+        )
+    if source.adapter is None:
+        return model
+    with _loading_errors(str(source.adapter)):
+        trains_adapter = isinstance(adapter, LoraAdapter)
+        with_adapter = PeftModel.from_pretrained(model, str(source.adapter), is_trainable=trains_adapter)
+    if trains_adapter:
+        return with_adapter
+    # peft froze the weights under the adapter; merged, they are what is trained.
+    merged: PreTrainedModel = with_adapter.merge_and_unload().requires_grad_(True)
+    return merged
+
+
+def weights_dtype(settings: ModelSettings, adapter: LoraAdapter | str) -> torch.dtype | str:
+    """Type of the loaded weights.
+
+    Weights that are trained must be able to hold small updates, so `auto` means float32 for them (mixed
+    precision comes from autocast); frozen weights stay as the checkpoint has them.
+    """
+    if settings.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, settings.dtype)
+        return dtype
+    return CHECKPOINT_DTYPE if isinstance(adapter, LoraAdapter) else torch.float32
+
+
+def new_adapter(source: PolicySource, adapter: LoraAdapter | str) -> LoraConfig | None:
+    """The adapter to be added to the policy, if the recipe wants one and the policy has none."""
+    if not isinstance(adapter, LoraAdapter) or source.adapter is not None:
+        return None
+    return LoraConfig(task_type="CAUSAL_LM", **adapter.model_dump(exclude={"type"}))
+
+
+def on_meta_device(
+    source: PolicySource, settings: ModelSettings, adapter: LoraAdapter | str
+) -> PreTrainedModel | PeftModel:
+    """The policy as it will be trained, without any weights: for counting and estimating."""
+    config = load_config(source, settings)
+    dtype = weights_dtype(settings, adapter)
+    dtype = (config.dtype or torch.float32) if dtype == CHECKPOINT_DTYPE else dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            trust_remote_code=settings.trust_remote_code,
+            **({"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}),
+        )
+        if not isinstance(adapter, LoraAdapter):
+            return model
+        if source.adapter is None:
+            return _with_adapter(
+                model, LoraConfig(task_type="CAUSAL_LM", **adapter.model_dump(exclude={"type"}))
+            )
+        return _with_adapter(model, LoraConfig.from_pretrained(str(source.adapter)))
+
+
+def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    return get_peft_model(model, config)
+
+
+def _hub_arguments(source: PolicySource, settings: ModelSettings) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
+    if settings.revision is not None and not source.is_local:
+        arguments["revision"] = settings.revision
+    return arguments
+
+
+@contextlib.contextmanager
+def _loading_errors(name: str) -> Iterator[None]:
+    """Say in one sentence why a model could not be loaded."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise UserError(
+            f"model {name} is gated: accept its terms on the hub, then log in with `hf auth login`."
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise UserError(f"model {name} is neither a folder here nor a model on the hub.") from error
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(f"model {name} cannot be loaded: {_reason(name, error)}") from error
+
+
+def _reason(name: str, error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    if "safetensors" in text:
+        return "it has no weights in safetensors format. Convert them first; pickled weights are not loaded."
+    if not Path(name).is_dir() and ("connect" in text or "offline" in text or "cached" in text):
+        return (
+            "it is no folder here, is not in the hub cache, and the hub cannot be reached "
+            "(offline). Check the name, or download it with `hf download` while online."
+        )
+    if "trust_remote_code" in text:
+        return "it brings its own code. Read that code, then set model.trust_remote_code: true."
+    return text[:400]

@@ -1,0 +1,147 @@
+"""Which policy a recipe starts from, and therefore which policy is its reference.
+
+Nothing here loads weights or imports anything heavy.
+"""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
+from prefopt_cli.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """The starting policy: full weights, an adapter on top of them or not, and the run they came from."""
+
+    weights: str
+    """Hub id or folder of the full model."""
+    adapter: Path | None = None
+    """Folder of a trained adapter that belongs to the policy."""
+    run: Path | None = None
+    """Run folder that the policy was taken from."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the full weights lie in a folder (no hub is asked)."""
+        return Path(self.weights).is_dir()
+
+    def describe(self) -> str:
+        """One line for logs, manifest and model card."""
+        text = self.weights if self.adapter is None else f"{self.weights} with the adapter {self.adapter}"
+        return text if self.run is None else f"{text} (run {self.run})"
+
+
+def find_policy(settings: ModelSettings) -> PolicySource:
+    """Resolve ``model.name_or_path``: run folder, adapter folder, model folder or hub id.
+
+    Raises:
+        UserError: a folder that is none of these, an unfinished run, or a path that does not exist.
+    """
+    name = settings.name_or_path
+    path = Path(name).expanduser()
+    run = RunFolder(path)
+    if run.is_run():
+        if not run.model.is_dir():
+            status = run.read_manifest().get("status", "unknown")
+            raise UserError(
+                f"model.name_or_path: the run {name} has no finished policy (its status is {status!r}). "
+                "Finish it with `prefopt train RECIPE --resume`, or name another model."
+            )
+        return _in_folder(run.model, path)
+    if path.is_dir():
+        return _in_folder(path, None)
+    if path.exists():
+        raise UserError(f"model.name_or_path: {name} is a file; name the folder that holds config.json.")
+    if not _may_be_hub_id(name):
+        raise UserError(f"model.name_or_path: there is no folder {name}.{_near(path)}")
+    return PolicySource(name)
+
+
+def _in_folder(folder: Path, run: Path | None) -> PolicySource:
+    if (folder / "adapter_config.json").is_file():
+        base = read_adapter_config(folder).get("base_model_name_or_path")
+        if not base:
+            raise UserError(
+                f"{folder}/adapter_config.json does not name its base model (base_model_name_or_path)."
+            )
+        if not Path(base).is_dir() and not _may_be_hub_id(base):
+            raise UserError(
+                f"The adapter {folder} belongs to the base model {base}, which is not there. Put it back, or "
+                "correct base_model_name_or_path in its adapter_config.json."
+            )
+        return PolicySource(base, folder, run)
+    if (folder / "config.json").is_file():
+        return PolicySource(str(folder), None, run)
+    raise UserError(
+        f"model.name_or_path: the folder {folder} holds no model (neither config.json nor adapter_config.json)."
+    )
+
+
+def read_adapter_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a trained adapter.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        found = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}/adapter_config.json cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def require_same_adapter(source: PolicySource, adapter: LoraAdapter) -> None:
+    """Training goes on with the adapter that the policy already has, so the recipe must describe that one.
+
+    Raises:
+        UserError: it describes another; the message lists the differences.
+    """
+    if source.adapter is None:
+        return
+    saved = read_adapter_config(source.adapter)
+    wanted = adapter.model_dump(include={"r", "lora_alpha", "use_dora", "use_rslora", "bias"})
+    if isinstance(adapter.target_modules, list):
+        wanted["target_modules"] = sorted(adapter.target_modules)
+        saved["target_modules"] = sorted(saved.get("target_modules") or [])
+    differing = [
+        f"{key} is {saved[key]}, not {value}"
+        for key, value in wanted.items()
+        if saved.get(key, value) != value
+    ]
+    if differing:
+        raise UserError(
+            f"adapter: the policy already has an adapter ({source.adapter}), and training would go on with it, but "
+            f"the recipe describes another: {'; '.join(differing)}. Use its values, or `adapter: none` to merge it "
+            "into the weights and train all of them."
+        )
+
+
+def describe_reference(source: PolicySource, adapter: LoraAdapter | str) -> str:
+    """Exactly which policy is the reference, in words."""
+    if isinstance(adapter, LoraAdapter):
+        if source.adapter is None:
+            return f"{source.describe()}, computed with the new adapter switched off"
+        return (
+            f"{source.describe()}: a frozen copy of that adapter as it is at the start, on the same weights"
+        )
+    merged = ", the adapter merged into the weights" if source.adapter else ""
+    return f"a frozen copy of {source.describe()}{merged}"
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """`name` or `owner/name`, and nothing that can only be a path."""
+    return name.count("/") <= 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/")
+
+
+def _near(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    near = difflib.get_close_matches(
+        path.name, [entry.name for entry in path.parent.iterdir() if entry.is_dir()], 1
+    )
+    return f" Did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,174 @@
+"""Combinations of settings that cannot work, found in the plain data before anything is loaded.
+
+They look at the data rather than at the finished ``Recipe`` so that they are told together with wrong
+types and unknown keys. A value that is itself mistaken counts as not given.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from prefopt_cli.recipe.problems import Path, Problem, shown
+from prefopt_cli.recipe.training_fields import MISSING, training_fields
+
+
+class Settings:
+    """Values of a recipe by key path: as written if sound, else the default."""
+
+    def __init__(self, data: Any, mistaken: Iterable[Path]) -> None:
+        self._data = data
+        self._mistaken = set(mistaken)
+
+    def get(self, *path: str) -> Any:
+        """The value at ``path``, or None."""
+        value = self._data
+        for depth, key in enumerate(path, start=1):
+            if not isinstance(value, dict) or key not in value or path[:depth] in self._mistaken:
+                return None
+            value = value[key]
+        return value
+
+    def training(self, name: str) -> Any:
+        """A training field, with its default where it is not given."""
+        value = self.get("training", name)
+        if value is None and name == "eval_strategy":
+            return "epoch" if self.has_eval_sets() else "no"  # prefopt's own default
+        if value is None and name in training_fields() and training_fields()[name].default is not MISSING:
+            return training_fields()[name].default
+        return value
+
+    def eval_sets(self) -> list[str]:
+        """Names of the eval sets, the held-out share among them."""
+        named = self.get("dataset", "eval")
+        holdout = ["holdout"] if self.get("dataset", "holdout") is not None else []
+        return [*(named if isinstance(named, dict) else ()), *holdout]
+
+    def has_eval_sets(self) -> bool:
+        """Whether there is anything to evaluate on; a mistaken section gets the benefit of the doubt."""
+        unsure = any(path[:1] in ((), ("dataset",)) for path in self._mistaken)
+        return bool(unsure or self.eval_sets())
+
+
+Check = Callable[[Settings], Iterator[Problem]]
+
+
+def _problem(name: str, message: str) -> Problem:
+    return Problem(("training", name), message)
+
+
+def _evaluation_needs_data(settings: Settings) -> Iterator[Problem]:
+    evaluates = settings.training("eval_strategy") != "no"
+    best = settings.training("load_best_model_at_end")
+    if not settings.has_eval_sets():
+        fix = "nothing to evaluate on; add dataset.eval or dataset.holdout"
+        if evaluates:
+            yield _problem("eval_strategy", fix)
+        if best:
+            yield _problem("load_best_model_at_end", fix)
+        if settings.training("eval_on_start"):
+            yield _problem("eval_on_start", fix)
+    scheduler = settings.training("lr_scheduler_type")
+    if not evaluates and scheduler in ("reduce_lr_on_plateau", "greedy"):
+        yield _problem("lr_scheduler_type", f"{scheduler} follows the evaluation; set training.eval_strategy")
+
+
+def _best_model(settings: Settings) -> Iterator[Problem]:
+    if not settings.training("load_best_model_at_end"):
+        return
+    evaluate, save = settings.training("eval_strategy"), settings.training("save_strategy")
+    if evaluate == "no":
+        yield _problem("load_best_model_at_end", "needs training.eval_strategy: steps or epoch")
+    elif save not in (evaluate, "best"):
+        yield _problem(
+            "load_best_model_at_end",
+            f"needs save_strategy ({save}) to be the same as eval_strategy ({evaluate}), or best",
+        )
+    elif evaluate == save == "steps":
+        yield from _whole_multiple(settings)
+
+
+def _metric_of_one_set(settings: Settings) -> Iterator[Problem]:
+    """Every metric carries its set's name, so the library's default, plain `loss`, never exists."""
+    wanted_by = [
+        settings.training("load_best_model_at_end") and "load_best_model_at_end",
+        settings.training("save_strategy") == "best" and "save_strategy",
+        settings.training("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy") and "lr_scheduler_type",
+    ]
+    name, sets = next(filter(None, wanted_by), None), settings.eval_sets()
+    if not name or not sets:
+        return
+    metric = settings.training("metric_for_best_model")
+    if metric is None:
+        yield _problem(name, f"needs training.metric_for_best_model, for example {sets[0]}_loss")
+    elif not str(metric).removeprefix("eval_").startswith(tuple(f"{each}_" for each in sets)):
+        yield _problem(
+            "metric_for_best_model",
+            f"expected a metric of one eval set, for example {sets[0]}_loss, found {shown(metric)}",
+        )
+
+
+def _whole_multiple(settings: Settings) -> Iterator[Problem]:
+    every = settings.training("eval_steps") or settings.training("logging_steps")
+    save = settings.training("save_steps")
+    if (every < 1) != (save < 1) or abs(save / every - round(save / every)) > 1e-9:
+        yield _problem(
+            "load_best_model_at_end",
+            f"needs save_steps ({save}) to be a whole multiple of eval_steps ({every})",
+        )
+
+
+def _one_precision(settings: Settings) -> Iterator[Problem]:
+    for half, brain in (("fp16", "bf16"), ("fp16_full_eval", "bf16_full_eval")):
+        if settings.training(half) and settings.training(brain):
+            yield _problem(half, f"at most one of {half} and {brain} can be true")
+    half_weights = settings.get("model", "dtype") == "float16"
+    full = settings.get("adapter") in (None, "none")
+    if settings.training("fp16") and half_weights and full:
+        yield Problem(
+            ("model", "dtype"),
+            "fp16 training cannot scale the gradients of float16 weights; use dtype: auto or training.bf16",
+        )
+
+
+def _holdout_name(settings: Settings) -> Iterator[Problem]:
+    sets = settings.get("dataset", "eval")
+    if settings.get("dataset", "holdout") is not None and isinstance(sets, dict) and "holdout" in sets:
+        yield Problem(
+            ("dataset", "eval", "holdout"),
+            "dataset.holdout makes a set of this name; rename one or drop the other",
+        )
+
+
+def _step_counts(settings: Settings) -> Iterator[Problem]:
+    steps = settings.training("max_steps")
+    if steps == 0 or steps < -1:
+        yield _problem("max_steps", f"expected at least 1, or -1 to train num_train_epochs, found {steps}")
+    for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+        value = settings.training(name)
+        if value is not None and value > 1 and value != int(value):
+            yield _problem(
+                name, f"expected a whole number of steps, or a share of all below 1, found {value}"
+            )
+
+
+def _prefetch_needs_workers(settings: Settings) -> Iterator[Problem]:
+    if settings.training("dataloader_prefetch_factor") is not None and not settings.training(
+        "dataloader_num_workers"
+    ):
+        yield _problem("dataloader_prefetch_factor", "needs training.dataloader_num_workers of at least 1")
+
+
+CHECKS: tuple[Check, ...] = (
+    _evaluation_needs_data,
+    _best_model,
+    _metric_of_one_set,
+    _one_precision,
+    _holdout_name,
+    _step_counts,
+    _prefetch_needs_workers,
+)
+
+
+def check_combinations(data: Any, mistaken: Iterable[Path]) -> list[Problem]:
+    """The combinations in ``data`` that cannot work; ``mistaken`` are paths already told as mistakes."""
+    settings = Settings(data, mistaken)
+    return [problem for check in CHECKS for problem in check(settings)]

@@ -1,0 +1,55 @@
+"""A recipe file and the overrides of a command line -> one ``Recipe``, or every mistake at once."""
+
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.recipe.checks import check_combinations
+from prefopt_cli.recipe.explain import explain
+from prefopt_cli.recipe.files import read_recipe_text
+from prefopt_cli.recipe.overrides import apply_overrides
+from prefopt_cli.recipe.problems import Locations, Path, Problem, problems_error, shown
+from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.recipe.yaml_reader import parse_yaml
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> Recipe:
+    """Read a recipe, lay ``overrides`` (``key.path=value``) over it, and check everything.
+
+    The command line wins over the file, the file over the defaults; of two overrides of one key the
+    later wins. Nothing is downloaded and nothing heavy imported.
+
+    Raises UserError whose text tells all mistakes, each with file and line (or its override), key path,
+    what was expected, and the nearest valid name.
+    """
+    name = os.fspath(path)
+    document = parse_yaml(read_recipe_text(pathlib.Path(name)), name)
+    if document.data is None:
+        raise UserError(f"{name} is empty; `prefopt recipe new gpo` prints a recipe to start from")
+    if not isinstance(document.data, dict):
+        line = document.lines[()]
+        raise UserError(
+            f"{name}:{line}  a recipe is a mapping of keys to values (model: ..., dataset: ...), "
+            f"found {shown(document.data)}"
+        )
+    locations = Locations(name, document.lines)
+    problems = document.problems + apply_overrides(document.data, tuple(overrides), locations)
+    recipe = _validate(document.data, problems, document.unreadable)
+    if recipe is None:
+        raise problems_error(problems, locations)
+    return recipe
+
+
+def _validate(data: dict[str, Any], problems: list[Problem], unreadable: set[Path]) -> Recipe | None:
+    """The recipe, or None with what is wrong appended to ``problems``."""
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(data)
+    except ValidationError as error:
+        problems += [problem for problem in explain(error, data) if problem.path not in unreadable]
+    problems += check_combinations(data, {problem.path for problem in problems})
+    return None if problems else recipe

@@ -1,0 +1,126 @@
+"""The run folder: what one training run leaves behind.
+
+::
+
+    recipe.yaml   manifest.json   metrics.jsonl   checkpoints/   model/
+"""
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.runs import atomic
+
+CHECKPOINT_MARK = "prefopt.json"
+"""Written into a checkpoint once all of it is on disk; a checkpoint without it is not resumed from."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run, and the few questions asked of them."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def is_run(self) -> bool:
+        """Whether the folder is one that `prefopt train` made."""
+        return self.manifest.is_file()
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest as it stands.
+
+        Raises:
+            UserError: it is missing or damaged.
+        """
+        try:
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.manifest} cannot be read as a run's manifest: {error}") from error
+        if not isinstance(manifest, dict):
+            raise UserError(f"{self.manifest} is not a run's manifest (it holds no mapping).")
+        return manifest
+
+    def update_manifest(self, **changes: Any) -> None:
+        """Set top-level entries of the manifest, atomically."""
+        current = self.read_manifest() if self.is_run() else {}
+        atomic.write_json(self.manifest, {**current, **changes})
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        complete = [
+            (int(folder.name.removeprefix("checkpoint-")), folder)
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if folder.name.removeprefix("checkpoint-").isdigit() and (folder / CHECKPOINT_MARK).is_file()
+        ]
+        return max(complete)[1] if complete else None
+
+    def require_writable(self) -> None:
+        """Fail early where the folder could not be made, without leaving anything behind.
+
+        Raises:
+            UserError: a file is in the way, or the nearest existing folder cannot be written.
+        """
+        existing = self.path.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            raise UserError(
+                f"output_dir {self.path}: {existing} is a file, not a folder. Choose another output_dir."
+            )
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise UserError(
+                f"output_dir {self.path}: {existing} cannot be written. Choose another output_dir."
+            )
+
+    def require_free(self, *, overwrite: bool) -> None:
+        """Refuse to write over anything that is already there.
+
+        Raises:
+            UserError: the folder holds something; with `overwrite`, something that is not a run.
+        """
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not self.is_run():
+            raise UserError(
+                f"output_dir {self.path} exists and is not a run folder, so it is never deleted. "
+                "Choose another output_dir."
+            )
+        if not overwrite:
+            raise UserError(
+                f"output_dir {self.path} already holds a run. Continue it with --resume, replace it with "
+                "--overwrite, or choose another output_dir."
+            )
+
+    def create(self, *, overwrite: bool = False) -> None:
+        """Make the folder; with `overwrite`, delete the run that is there first.
+
+        Raises:
+            UserError: see `require_free`.
+        """
+        self.require_free(overwrite=overwrite)
+        if self.is_run():
+            shutil.rmtree(self.path)
+        self.checkpoints.mkdir(parents=True)

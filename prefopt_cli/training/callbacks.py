@@ -1,0 +1,199 @@
+"""What happens around the steps: metrics to disk, progress to the screen, checkpoints marked, signals obeyed."""
+
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
+
+from prefopt_cli.runs import atomic, metrics
+from prefopt_cli.runs.folder import CHECKPOINT_MARK, RunFolder
+from prefopt_cli.training.reporting import Reporter
+from prefopt_cli.training.trainer import RUN_SUMMARY
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log to metrics.jsonl."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one line, from the main process only."""
+        # The closing summary tells of this session, not of the run, which may have been resumed.
+        if state.is_world_process_zero and logs and RUN_SUMMARY not in logs:
+            metrics.append(self._run.metrics, {"step": state.global_step, **logs})
+
+
+class Progress(TrainerCallback):
+    """Passes steps and evaluations on to the reporter."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self._reporter = reporter
+        self._evaluated = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show where a resumed run starts."""
+        self._reporter.step(state.global_step, state.max_steps, None)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One step further."""
+        self._reporter.step(state.global_step, state.max_steps, None)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The figures of a logged step."""
+        if logs and "loss" in logs:
+            self._reporter.step(state.global_step, state.max_steps, logs)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """One batch of an evaluation."""
+        self._evaluated += 1
+        self._reporter.progress("evaluating", self._evaluated, len(eval_dataloader))
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The figures of an evaluation."""
+        self._evaluated = 0
+        self._reporter.evaluation(metrics or {})
+
+
+class CheckpointMark(TrainerCallback):
+    """Declares a checkpoint complete once every file of it is on disk, then removes the oldest ones.
+
+    Rotation waits for the mark, so at every moment at least one complete checkpoint exists.
+
+    Args:
+        run: the run folder.
+        keep: how many checkpoints stay (``save_total_limit``); None keeps all.
+        state: what to write into the mark; called in every process.
+    """
+
+    def __init__(self, run: RunFolder, keep: int | None, state: Callable[[], dict[str, Any]]) -> None:
+        self._run, self._keep, self._state = run, keep, state
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Mark the checkpoint of this step."""
+        progress = self._state()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()  # every process has written its share
+        if not state.is_world_process_zero:
+            return
+        folder = self._run.checkpoints / f"checkpoint-{state.global_step}"
+        atomic.sync(folder)
+        atomic.write_json(folder / CHECKPOINT_MARK, progress)
+        rotate_checkpoints(
+            output_dir=str(self._run.checkpoints),
+            save_total_limit=self._keep,
+            best_model_checkpoint=state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+
+class StopSignal:
+    """Which signal asked the run to stop, if any."""
+
+    received: int | None = None
+
+
+class StopOnSignal(TrainerCallback):
+    """After the step in which a signal came: save, then stop."""
+
+    def __init__(self, stop: StopSignal) -> None:
+        self._stop = stop
+        self._stopping = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask the trainer to save and stop; all processes stop at the same step."""
+        if self._asked(args.device):
+            self._stopping = True
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The loop is left through here too; an epoch that was cut short is not evaluated."""
+        if self._stopping:
+            control.should_log = control.should_evaluate = control.should_save = False
+
+    def _asked(self, device: torch.device) -> bool:
+        asked = self._stop.received is not None
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return asked
+        flag = torch.tensor(int(asked), device=device)
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+
+@contextlib.contextmanager
+def stopping_gently() -> Iterator[StopSignal]:
+    """Ctrl-C or SIGTERM within the block lets the step end; a second one stops at once.
+
+    Raises:
+        KeyboardInterrupt: the signal came twice.
+    """
+    stop = StopSignal()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.received is not None:
+            raise KeyboardInterrupt
+        stop.received = number
+        # Drawing is not safe inside a signal handler; writing to the descriptor is.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nStopping after this step; once more to stop at once.\n")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def remove_unfinished(checkpoints: Path) -> None:
+    """Delete checkpoints that were cut off while being written."""
+    for folder in checkpoints.glob("checkpoint-*"):
+        if not (folder / CHECKPOINT_MARK).is_file():
+            shutil.rmtree(folder, ignore_errors=True)

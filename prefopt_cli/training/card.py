@@ -1,0 +1,79 @@
+"""The model card: what the policy is, how it was made, whom to cite."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prefopt_cli.recipe.schema import Recipe
+
+CITATIONS = {
+    "gpo": """@inproceedings{tang2024generalized,
+  title     = {Generalized Preference Optimization: A Unified Approach to Offline Alignment},
+  author    = {Tang, Yunhao and Guo, Zhaohan Daniel and Zheng, Zeyu and Calandriello, Daniele and Munos, R{\\'e}mi
+               and Rowland, Mark and Richemond, Pierre Harvey and Valko, Michal and Pires, Bernardo {\\'A}vila
+               and Piot, Bilal},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2024},
+  note      = {arXiv:2402.05749}
+}""",
+}
+TRL_CITATION = """@software{trl,
+  title  = {TRL: Transformers Reinforcement Learning},
+  author = {{The TRL authors}},
+  url    = {https://github.com/huggingface/trl}
+}"""
+
+METHOD_NAMES = {"gpo": "Generalized Preference Optimization"}
+
+
+def model_card(recipe: Recipe, recipe_yaml: str, manifest: dict[str, Any]) -> str:
+    """Markdown with the hub's front matter, from what the manifest says."""
+    lineage, versions = manifest["lineage"], manifest["versions"]
+    adapter = recipe.adapter != "none"
+    parts = [
+        f"---\n{yaml.safe_dump(_front_matter(recipe, lineage, adapter), sort_keys=False)}---",
+        f"# {Path(recipe.output_dir).name}",
+        f"Trained with [prefopt](https://pypi.org/project/prefopt/) {versions['prefopt']} by "
+        f"{METHOD_NAMES[recipe.method.name]}.",
+        "## Lineage",
+        f"- Starting policy: {lineage['policy']}\n- Reference policy: {lineage['reference']}\n"
+        f"- What was trained: {'an adapter' if adapter else 'all weights'}",
+        "## Data",
+        _receipt_table(manifest["receipt"]),
+        "## Recipe",
+        f"```yaml\n{recipe_yaml.strip()}\n```",
+        "## Versions",
+        ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "## Citation",
+        f"```bibtex\n{CITATIONS[recipe.method.name]}\n{TRL_CITATION}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(recipe: Recipe, lineage: dict[str, Any], adapter: bool) -> dict[str, Any]:
+    front: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["prefopt", "trl", "preference-optimization", recipe.method.name],
+    }
+    # The hub resolves these names, so a local path must not stand here.
+    if not Path(lineage["weights"]).exists():
+        front["base_model"] = lineage["weights"]
+    hub_sets = [
+        source.source for source in recipe.dataset.train if not Path(source.source).expanduser().exists()
+    ]
+    if hub_sets:
+        front["datasets"] = hub_sets
+    return front
+
+
+def _receipt_table(receipt: dict[str, Any]) -> str:
+    rows = ["| set | source | rows read | kept | dropped |", "|---|---|---|---|---|"]
+    for name, record in receipt["sets"].items():
+        for source in record["sources"]:
+            dropped = ", ".join(f"{reason}: {count}" for reason, count in source["dropped"].items()) or "none"
+            # A path of this machine means nothing to a reader elsewhere.
+            where = Path(source["source"]).name
+            rows.append(f"| {name} | {where} | {source['read']} | {source['kept']} | {dropped} |")
+    return "\n".join(rows)

@@ -1,0 +1,50 @@
+"""Failures that are nobody's mistake in the code, in one sentence each."""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from prefopt_cli.errors import PrefoptError
+from prefopt_cli.runs.folder import RunFolder
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def explained(run: RunFolder) -> Iterator[None]:
+    """Turn a full disk and exhausted memory into messages that say what to do.
+
+    Raises:
+        PrefoptError: in place of either.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise PrefoptError(
+            "The accelerator's memory is exhausted. `prefopt check` shows what takes it; a smaller "
+            "training.per_device_train_batch_size (with more gradient_accumulation_steps), "
+            "training.gradient_checkpointing: true, a shorter dataset.max_length or a LoRA adapter need less."
+        ) from error
+    except Exception as error:
+        if not _is_disk_full(error):
+            raise
+        last = run.last_checkpoint()
+        kept = (
+            f"The last complete checkpoint, {last}, is kept."
+            if last
+            else "There is no complete checkpoint yet."
+        )
+        raise PrefoptError(
+            f"No space left on the disk that holds {run.path}. {kept} Free some space (or set "
+            "training.save_total_limit), then go on with --resume."
+        ) from error
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """safetensors and torch report it in words of their own instead of an OSError with a number."""
+    if isinstance(error, OSError) and error.errno in NO_SPACE:
+        return True
+    text = str(error)
+    return "No space left on device" in text or "os error 28" in text or "file write failed" in text

@@ -1,0 +1,80 @@
+"""What training and checking do first: find the policy, read the data, tokenise it, see that they fit."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from prefopt_cli import data
+from prefopt_cli.errors import UserError
+from prefopt_cli.models import loading
+from prefopt_cli.models.policy import PolicySource, find_policy
+from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.training.reporting import Reporter
+
+PARTS = ("prompt", "chosen", "rejected")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All of a run but the weights."""
+
+    source: PolicySource
+    config: Any
+    tokenizer: PreTrainedTokenizerBase
+    text: data.PreferenceData
+    tokens: data.TokenizedData
+
+
+def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
+    """Resolve and read everything that a recipe names, except weights; report the data's receipt.
+
+    Raises:
+        UserError: the model, the tokenizer or the data cannot be used as they are.
+    """
+    source = find_policy(recipe.model)
+    config = loading.load_config(source, recipe.model)
+    tokenizer = loading.load_tokenizer(source, recipe.model)
+    text = data.load(recipe.dataset, progress=reporter.progress)
+    tokens = data.tokenize(text, tokenizer, recipe.dataset, progress=reporter.progress)
+    reporter.receipt(tokens.receipt.to_dict())
+    if not len(tokens.train):
+        raise UserError("dataset.train: no row is left to train on; the receipt says where they went.")
+    require_fit(config, tokens)
+    return Prepared(source, config, tokenizer, text, tokens)
+
+
+def require_fit(config: Any, tokens: data.TokenizedData) -> None:
+    """Refuse rows that the model cannot take.
+
+    Raises:
+        UserError: a row is longer than the model's context, or holds a token that the model does not have.
+    """
+    text_config = config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None)
+    vocabulary = getattr(text_config, "vocab_size", None)
+    for name, rows in {"train": tokens.train, **tokens.eval}.items():
+        longest, largest_id = extent(rows)
+        if context is not None and longest > context:
+            raise UserError(
+                f"dataset ({name}): the longest row has {longest} tokens, but the model's context holds {context}. "
+                f"Set dataset.max_length: {context} (or less)."
+            )
+        if vocabulary is not None and largest_id >= vocabulary:
+            raise UserError(
+                f"dataset ({name}): the tokenizer gives the token id {largest_id}, but the model's vocabulary has "
+                f"{vocabulary} entries: they do not belong together. Check model.name_or_path."
+            )
+
+
+def extent(rows: Dataset) -> tuple[int, int]:
+    """Tokens of the longest prompt + response of a tokenised set, and its largest token id."""
+    longest = largest_id = 0
+    for table in rows.with_format("arrow").iter(batch_size=10_000):
+        prompt, chosen, rejected = (pc.list_value_length(table[f"{part}_ids"]) for part in PARTS)
+        longest = max(longest, pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py())
+        ids = [pc.max(pc.list_flatten(table[f"{part}_ids"])).as_py() for part in PARTS]
+        largest_id = max(largest_id, *(found for found in ids if found is not None))
+    return longest, largest_id

@@ -1,0 +1,200 @@
+"""What all methods share: a `DPOTrainer` that takes tokenised pairs and reports exactly.
+
+TRL's internals are touched in two places, both here and both guarded by
+`tests/invariants/test_trl_contract.py`: `_prepare_dataset` (the data is tokenised already) and the fused
+head (`prefopt_cli.scoring.forward`).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import DPOConfig, DPOTrainer
+
+from prefopt_cli.scoring.forward import ResponseScores, score_responses
+from prefopt_cli.training.batches import PairCollator
+from prefopt_cli.training.guard import FiniteGuard
+from prefopt_cli.training.metrics import EvalMeans, TrainMeans
+
+REFERENCE_INPUTS = ("input_ids", "attention_mask", "completion_mask")
+
+RUN_SUMMARY = "train_runtime"
+"""The record that the library logs once, when training ends, holds this figure."""
+
+PairMetrics = dict[str, tuple[Tensor, Tensor]]
+"""Name -> per-pair totals (B,) and the counts (B,) they are over."""
+
+
+class PreferenceTrainer(DPOTrainer):
+    """Base of the methods' trainers; a subclass overrides `compute_loss`.
+
+    Args:
+        model: the policy.
+        ref_model: the frozen reference policy; None when the model carries an adapter, and the reference is
+            the model without it (or with the copy of it that TRL keeps, if it was trained before).
+        args: training arguments.
+        train_dataset, eval_dataset: columns `pair_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        processing_class: the tokenizer, for its padding token and for checkpoints.
+        peft_config: a new adapter to be added to the model.
+        callbacks: more callbacks.
+        card: the model card that lies beside the checkpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: PreTrainedModel,
+        ref_model: PreTrainedModel | None,
+        args: DPOConfig,
+        train_dataset: Dataset,
+        eval_dataset: Mapping[str, Dataset],
+        processing_class: PreTrainedTokenizerBase,
+        peft_config: LoraConfig | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        card: str = "",
+    ) -> None:
+        self.guard = FiniteGuard(lambda indices: [train_dataset[i]["pair_id"] for i in indices])
+        self._tokens: Tensor | int = 0
+        self._card = card
+        self._train_means = TrainMeans()
+        self._eval_means = EvalMeans()
+        self._eval_prefix = "eval"
+        if processing_class.pad_token is None:
+            processing_class.pad_token = processing_class.eos_token
+        super().__init__(
+            model=model,
+            ref_model=ref_model,
+            args=args,
+            data_collator=PairCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+            train_dataset=_numbered(train_dataset),
+            eval_dataset={name: _numbered(data) for name, data in eval_dataset.items()} or None,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            callbacks=[*(callbacks or []), self.guard],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """The data room has decided all boundaries; TRL must not tokenise again."""
+        return dataset
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Reference log-probabilities (B,) of the chosen and the rejected responses."""
+        chosen, rejected = super().compute_ref_log_probs(
+            model, {name: inputs[name] for name in REFERENCE_INPUTS}
+        )
+        return chosen, rejected
+
+    def score_pairs(
+        self, model: nn.Module, inputs: Mapping[str, Tensor]
+    ) -> tuple[ResponseScores, Tensor, Tensor]:
+        """Scores of the 2B responses under the policy, and (B,) log-probabilities of both sides under the reference."""
+        scores = score_responses(model, inputs, router_logits=self.aux_loss_enabled)
+        if "ref_chosen_logps" in inputs:
+            return scores, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        reference = self.model if self.ref_model is None else self.ref_model
+        return scores, *self.compute_ref_log_probs(reference, inputs)
+
+    def finish_loss(
+        self, losses: Tensor, scores: ResponseScores, inputs: Mapping[str, Tensor], metrics: PairMetrics
+    ) -> Tensor:
+        """The objective () of per-pair losses (B,), after noting them and the metrics."""
+        ones = torch.ones_like(losses)
+        metrics = {"loss": (losses.detach(), ones), **policy_metrics(scores), **metrics}
+        if self.model.training:
+            self.guard.watch(losses, inputs["pair_index"])
+            self._tokens = self._tokens + inputs["attention_mask"].sum()
+            for name, (totals, counts) in metrics.items():
+                self._train_means.add(name, totals, counts)
+        else:
+            self._eval_means.add(inputs["pair_index"], metrics)
+        loss = losses.mean()
+        if scores.router_loss is not None:
+            loss = loss + self.router_aux_loss_coef * scores.router_loss
+        return loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate, with every metric under the prefix of its own set (`eval_<set>_...`)."""
+        self._eval_prefix = metric_key_prefix
+        metrics: dict[str, float] = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the exact means since the last log (the summary at the end of training has none)."""
+        if RUN_SUMMARY in logs:
+            means, prefix = {}, ""
+        elif any(key.startswith("eval") for key in logs):
+            means, prefix = self._eval_means.pop(), f"{self._eval_prefix}_"
+        else:
+            means, prefix = self._train_means.pop(), ""
+            if means:
+                means["num_tokens"] = self._num_tokens()
+        if self.aux_loss_enabled:
+            means.pop("loss", None)  # the library's figure holds the router's loss too
+        logs.update({f"{prefix}{name}": value for name, value in means.items()})
+        super().log(logs, start_time)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Put prefopt's card beside the checkpoints instead of TRL's draft."""
+        if self.is_world_process_zero() and self._card:
+            Path(self.args.output_dir, "README.md").write_text(self._card, encoding="utf-8")
+
+    def _num_tokens(self) -> int:
+        """Tokens put through the policy so far (prompts twice, no padding), over all processes."""
+        tokens = torch.as_tensor(self._tokens, device=self.accelerator.device)
+        return int(self.accelerator.reduce(tokens))
+
+    def progress_state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides weights, optimizer and RNG, so that metrics go on seamlessly.
+
+        Every process must call it; the state is that of all of them.
+        """
+        return {"num_tokens": self._num_tokens(), "train_means": self._train_means.state()}
+
+    def load_progress_state(self, state: Mapping[str, Any]) -> None:
+        """Take up `progress_state` of a checkpoint: the main process for all."""
+        if self.accelerator.is_main_process:
+            self._tokens = state["num_tokens"]
+            self._train_means.load_state(state["train_means"], self.accelerator.device)
+
+
+def policy_metrics(scores: ResponseScores) -> PairMetrics:
+    """TRL's metrics of the policy itself, from the scores of 2B responses."""
+    chosen_logps, rejected_logps = scores.logps.detach().chunk(2)
+    chosen_lengths, rejected_lengths = scores.lengths.chunk(2)
+    chosen_logits, rejected_logits = scores.mean_logits.chunk(2)
+    chosen_entropy, rejected_entropy = scores.entropy.chunk(2)
+    ones = torch.ones_like(chosen_logps)
+    return {
+        "entropy": (chosen_entropy + rejected_entropy, chosen_lengths + rejected_lengths),
+        "mean_token_accuracy": (scores.top1.chunk(2)[0], chosen_lengths),
+        "logits/chosen": (chosen_logits, chosen_lengths),
+        "logits/rejected": (rejected_logits, rejected_lengths),
+        "logps/chosen": (chosen_logps, ones),
+        "logps/rejected": (rejected_logps, ones),
+    }
+
+
+def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> PairMetrics:
+    """TRL's metrics of implicit rewards (B,)."""
+    chosen_rewards, rejected_rewards = chosen_rewards.detach(), rejected_rewards.detach()
+    ones = torch.ones_like(chosen_rewards)
+    return {
+        "rewards/chosen": (chosen_rewards, ones),
+        "rewards/rejected": (rejected_rewards, ones),
+        "rewards/accuracies": ((chosen_rewards > rejected_rewards).float(), ones),
+        "rewards/margins": (chosen_rewards - rejected_rewards, ones),
+    }
+
+
+def _numbered(dataset: Dataset) -> Dataset:
+    """With the position of every pair, by which metrics and messages know it again."""
+    return dataset.add_column("pair_index", list(range(len(dataset))))

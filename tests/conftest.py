@@ -1,0 +1,41 @@
+"""Fixtures that several rooms' tests use."""
+
+import os
+from pathlib import Path
+
+# Before anything imports the hub's client: no test may reach for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+# Tiny tensors: a second thread costs more than it brings, above all when tests run side by side.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of real data are left out only where there is none."""
+    if SHARED.is_dir():
+        return
+    for item in items:
+        if item.get_closest_marker("real"):
+            item.add_marker(pytest.mark.skip(reason="../shared is not there"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data, real model and reference numbers."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random model (`model/`) and made-up pairs (`pairs.jsonl`, `heldout.jsonl`)."""
+    from tests.tiny import build
+
+    folder = tmp_path_factory.mktemp("tiny")
+    build(folder)
+    return folder

@@ -1,0 +1,165 @@
+"""Every kind of source gives the same rows."""
+
+import csv
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from prefopt_cli import data
+from prefopt_cli.errors import UserError
+from tests.data.build import chat_row, jsonl, row, rows, settings
+
+ROWS = rows(10)
+
+
+def _csv(path: Path, listed: list[dict[str, Any]]) -> bytes:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(listed[0]))
+        writer.writeheader()
+        writer.writerows(listed)
+    return path.read_bytes()
+
+
+def _write(folder: Path, kind: str) -> Path:
+    path = folder / kind
+    if kind in ("pairs.jsonl", "pairs.jsonl.gz", "lines.json"):
+        jsonl(path, ROWS)
+    elif kind == "array.json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    elif kind == "pairs.csv":
+        _csv(path, ROWS)
+    elif kind == "pairs.csv.gz":
+        path.write_bytes(gzip.compress(_csv(folder / "unzipped.csv", ROWS)))
+    elif kind == "pairs.parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    elif kind == "saved":
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    elif kind == "saved_splits":
+        whole = datasets.Dataset.from_list(ROWS)
+        datasets.DatasetDict(train=whole, test=whole.select(range(3))).save_to_disk(path)
+    else:
+        path.mkdir()
+        jsonl(path / "train.jsonl", ROWS)
+        jsonl(path / "test.jsonl", ROWS[:3])
+    return path
+
+
+KINDS = [
+    "pairs.jsonl",
+    "pairs.jsonl.gz",
+    "lines.json",
+    "array.json",
+    "pairs.csv",
+    "pairs.csv.gz",
+    "pairs.parquet",
+    "saved",
+    "saved_splits",
+    "folder",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_source_gives_the_same_pairs(kind: str, tmp_path: Path) -> None:
+    found = data.load(settings(str(_write(tmp_path, kind)))).train
+    assert [(p.prompt, p.chosen, p.rejected) for p in found] == [tuple(one.values()) for one in ROWS]
+    assert [p.pair_id for p in found] == [f"{kind}:{number}" for number in range(10)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splits_can_be_sliced(kind: str, tmp_path: Path) -> None:
+    path = str(_write(tmp_path, kind))
+    for split, expected in (
+        ("train[20%:50%]", ROWS[2:5]),
+        ("train[-2:]", ROWS[-2:]),
+        ("train[:1]+train[5:6]", None),
+    ):
+        found = data.load(settings({"source": path, "split": split})).train
+        assert [p.prompt for p in found] == [one["prompt"] for one in expected or (ROWS[0], ROWS[5])]
+
+
+@pytest.mark.parametrize("kind", ["saved_splits", "folder"])
+def test_other_splits_by_name(kind: str, tmp_path: Path) -> None:
+    loaded = data.load(settings({"source": str(_write(tmp_path, kind)), "split": "test"}))
+    assert [p.pair_id for p in loaded.train] == [f"{kind}/test:{number}" for number in range(3)]
+
+
+def test_folder_configurations_from_its_readme(tmp_path: Path) -> None:
+    folder = _write(tmp_path, "folder")
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: train.jsonl\n"
+        "- config_name: two\n  data_files: test.jsonl\n---\n"
+    )
+    assert len(data.load(settings({"source": str(folder), "config": "two"})).train) == 3
+    with pytest.raises(UserError, match=r"several configurations.*one, two"):
+        data.load(settings(str(folder)))
+    with pytest.raises(UserError, match="no configuration 'three'; it has one, two"):
+        data.load(settings({"source": str(folder), "config": "three"}))
+
+
+def test_relative_paths_home_and_odd_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jsonl(tmp_path / "data[1]*.jsonl", ROWS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("data[1]*.jsonl", "./data[1]*.jsonl", "~/data[1]*.jsonl"):
+        assert len(data.load(settings(name)).train) == 10
+
+
+def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    for count in (2, 5):
+        assert len(data.load(settings(jsonl(path, rows(count)))).train) == count
+
+
+def test_csv_cells_are_text(tmp_path: Path) -> None:
+    listed = [
+        row(0, chosen="None", rejected="NA"),
+        row(1, chosen="007", rejected='a, "b"\nc'),
+        row(2, chosen="1.0"),
+    ]
+    _csv(tmp_path / "p.csv", [{**one, "score": 5, "good": True} for one in listed])
+    source = {"source": str(tmp_path / "p.csv"), "where": {"score": 5, "good": True}}
+    found = data.load(settings(source)).train
+    assert [(p.chosen, p.rejected) for p in found] == [(one["chosen"], one["rejected"]) for one in listed]
+
+
+def test_a_column_of_mixed_types_costs_only_the_odd_rows(tmp_path: Path) -> None:
+    listed = [row(0), row(1, prompt=3), row(2, chosen=["a"]), row(3, rejected=None), row(4), row(5)]
+    loaded = data.load(settings(jsonl(tmp_path / "p.jsonl", listed)))
+    assert [p.pair_id for p in loaded.train] == ["p.jsonl:0", "p.jsonl:4", "p.jsonl:5"]
+    assert loaded.receipt.sets["train"].sources[0].dropped == {
+        "malformed: prompt is number, not text": 1,
+        "malformed: chosen is list of text, not text": 1,
+        "malformed: rejected is nothing, not text": 1,
+    }
+
+
+def test_ids_from_a_column(tmp_path: Path) -> None:
+    path = jsonl(tmp_path / "p.jsonl", [row(n, key=f"k{n}", same="x") for n in range(3)])
+    found = data.load(settings({"source": path, "columns": {"id": "key"}})).train
+    assert [p.pair_id for p in found] == ["p.jsonl:k0", "p.jsonl:k1", "p.jsonl:k2"]
+    with pytest.raises(UserError, match="'x' occurs 3 times"):
+        data.load(settings({"source": path, "columns": {"id": "same"}}))
+
+
+def test_a_saved_datasets_own_output_format_does_not_matter(tmp_path: Path) -> None:
+    saved = datasets.Dataset.from_list([{**one, "score": n} for n, one in enumerate(ROWS)])
+    saved.with_format("numpy").save_to_disk(tmp_path / "saved")
+    source = {"source": str(tmp_path / "saved"), "where": {"score": [1, 2]}}
+    assert [type(p.chosen) for p in data.load(settings(source)).train] == [str, str]
+
+
+def test_progress_reaches_its_end(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    path = jsonl(tmp_path / "p.jsonl", [chat_row(str(n)) for n in range(7)])
+    data.load(settings(path), progress=lambda *step: seen.append(step))
+    assert seen[-1] == ("reading p.jsonl", 7, 7)
+
+
+def test_the_libraries_settings_are_left_as_they_were(tmp_path: Path) -> None:
+    before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    data.load(settings(jsonl(tmp_path / "p.jsonl", ROWS)))
+    assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before

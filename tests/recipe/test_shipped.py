@@ -1,0 +1,154 @@
+"""Shipped recipes and starters load, name themselves, and agree with the schema."""
+
+import ast
+import importlib.util
+import json
+import re
+from importlib.metadata import version
+
+import pytest
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.recipe import load_recipe, recipe_json_schema, shipped_recipes
+from prefopt_cli.recipe.schema import (
+    METHODS,
+    DatasetSettings,
+    LaunchSettings,
+    LoraAdapter,
+    ModelSettings,
+    Recipe,
+    Source,
+)
+from prefopt_cli.recipe.shipped import describe_recipes, recipes_folder, shipped_file
+from prefopt_cli.recipe.starter import starter_methods, starter_recipe, write_starter
+from prefopt_cli.recipe.training_settings import GOVERNED
+from tests.conftest import REPOSITORY
+
+SCHEMA_LINE = "# yaml-language-server: $schema=./recipe.schema.json"
+
+
+@pytest.mark.parametrize(("name", "path"), shipped_recipes().items(), ids=list(shipped_recipes()))
+def test_a_shipped_recipe_names_its_command_and_loads(name, path):
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].split()[:4] == ["#", "prefopt", "train", f"recipes/{name}.yaml"]
+    assert lines[1] == SCHEMA_LINE
+    load_recipe(path)
+    assert max(map(len, lines)) <= 110
+
+
+def test_the_recipes_are_those_of_the_checkout():
+    assert recipes_folder() == REPOSITORY / "recipes"
+    assert {"gpo-hh", "gpo-ultrafeedback", "gpo-ultrafeedback-lora", "gpo-custom-loss"} <= set(
+        shipped_recipes()
+    )
+
+
+def test_each_has_a_purpose_and_its_method():
+    for described in describe_recipes():
+        assert len(described.purpose) > 20, described
+        assert described.method in METHODS
+
+
+def test_unknown_names_get_a_suggestion_and_the_list():
+    with pytest.raises(UserError, match=r"did you mean 'gpo-hh'.*gpo-ultrafeedback"):
+        shipped_file("gpo_hh.yaml")
+    assert shipped_file("gpo-hh") == shipped_file("gpo-hh.yaml")
+    assert shipped_file("custom_loss.py").name == "custom_loss.py"
+
+
+def test_the_custom_losses_fulfil_their_contract_and_figures():
+    import torch
+
+    spec = importlib.util.spec_from_file_location("custom_loss", shipped_file("custom_loss.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipe = load_recipe(shipped_recipes()["gpo-custom-loss"])
+    names = {"smoothed_hinge": (-0.854, 0.207), "noisy_logistic": (-0.4, 0.625)}
+    assert recipe.method.loss.removeprefix("custom_loss:") in names
+    grid = torch.linspace(-20, 20, 401, dtype=torch.float64)
+    for name, (slope, ratio) in names.items():
+        f = getattr(module, name)
+        zero = torch.zeros((), dtype=torch.float64, requires_grad=True)
+        (first,) = torch.autograd.grad(f(zero), zero, create_graph=True)
+        (second,) = torch.autograd.grad(first, zero)
+        assert first.item() == pytest.approx(slope, abs=1e-3)
+        assert abs(second.item() / first.item()) == pytest.approx(ratio, abs=1e-3)
+        assert (f(grid).diff().diff() > -1e-12).all()
+        far = torch.tensor([-1e4, 1e4], requires_grad=True)
+        f(far).sum().backward()
+        assert far.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_starter_loads_and_explains_every_key(tmp_path, method):
+    path = tmp_path / "first-try.yaml"
+    write_starter(method, path)
+    text = path.read_text(encoding="utf-8")
+    assert load_recipe(path).method.name == method
+    assert load_recipe(path).output_dir == "runs/first-try"
+    assert text.splitlines()[0] == f"# prefopt train {path}"
+    assert text.splitlines()[1] == SCHEMA_LINE
+    sections = [Recipe, ModelSettings, LoraAdapter, DatasetSettings, Source, METHODS[method], LaunchSettings]
+    for section in sections:
+        for key in section.model_fields:
+            assert re.search(rf"(^|[\s{{#-]){key}:", text, re.MULTILINE), f"{section.__name__}.{key}"
+    with pytest.raises(UserError, match="exists"):
+        write_starter(method, path)
+    assert path.read_text(encoding="utf-8") == text
+
+
+def test_the_defaults_that_a_starter_states_are_the_defaults():
+    text, compared = starter_recipe("gpo"), 0
+    for section in (ModelSettings, LoraAdapter, Source, DatasetSettings):
+        for key, field in section.model_fields.items():
+            if field.is_required():
+                continue
+            for stated in re.findall(rf"^ *# +{key}: ([^#\n]*?) +#", text, re.MULTILINE):
+                default = field.get_default(call_default_factory=True)
+                is_json = re.fullmatch(r"[\d.]+|true|false|null|\{\}", stated)
+                assert (json.loads(stated) if is_json else stated) == default, key
+                compared += 1
+    assert compared > 25
+
+
+def test_a_starter_puts_no_odd_file_name_into_its_text():
+    assert starter_recipe("gpo", "a b\nc: d.yaml").splitlines()[0] == "# prefopt train my.yaml"
+    with pytest.raises(UserError, match=r"did you mean 'gpo'.*there are: gpo"):
+        starter_recipe("gop")
+    assert starter_methods() == sorted(METHODS)
+
+
+def pinned() -> bool:
+    text = (REPOSITORY / "constraints.txt").read_text(encoding="utf-8")
+    pins = dict(re.findall(r"^(trl|transformers)==(\S+)", text, re.MULTILINE))
+    return all(version(name) == pin for name, pin in pins.items())
+
+
+@pytest.mark.skipif(not pinned(), reason="other versions of trl or transformers than constraints.txt names")
+def test_the_committed_schema_is_what_the_code_makes():
+    committed = json.loads((recipes_folder() / "recipe.schema.json").read_text(encoding="utf-8"))
+    assert committed == json.loads(json.dumps(recipe_json_schema())), (
+        "run: prefopt recipe schema > recipes/recipe.schema.json"
+    )
+
+
+def test_the_schema_covers_training_fields_and_sections():
+    schema = recipe_json_schema()
+    training = schema["properties"]["training"]["properties"]
+    assert training["learning_rate"]["type"] == "number"
+    assert training["learning_rate"]["minimum"] == 0
+    assert "cosine" in training["lr_scheduler_type"]["enum"]
+    assert training["bf16"]["description"]
+    assert not set(GOVERNED) & set(training)
+    assert schema["required"] == ["model", "dataset", "method", "output_dir"]
+    assert schema["additionalProperties"] is False
+    assert schema["$defs"]["GPOSettings"]["properties"]["loss"]["description"]
+
+
+def test_nothing_in_the_recipe_room_imports_anything_heavy():
+    heavy = {"torch", "transformers", "trl", "datasets", "peft", "accelerate"}
+    for path in (REPOSITORY / "prefopt_cli" / "recipe").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not heavy & {name.split(".")[0] for name in names}, path

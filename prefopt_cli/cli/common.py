@@ -10,13 +10,11 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-RecipeArgument = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="Path of a YAML recipe.", show_default=False)
-]
+RecipeArgument = Annotated[str, typer.Argument(help="Path of a YAML recipe.", show_default=False)]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
         help="Fields to set over the recipe's, such as method.beta=0.05.",
         show_default=False,
     ),

@@ -20,8 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(name="train")(train.train)
-app.command(name="check")(check.check)
+app.command(name="train", epilog=train.EPILOG)(train.train)
+app.command(name="check", epilog=check.EPILOG)(check.check)
 app.add_typer(recipe.app, name="recipe")
 
 

@@ -36,8 +36,9 @@ def evaluation_lines(metrics: dict[str, float]) -> list[str]:
 class LineReporter:
     """Plain lines, for logs."""
 
-    def __init__(self, console: "Console") -> None:
+    def __init__(self, console: "Console", *, receipts: bool = True) -> None:
         self._console = console
+        self._receipts = receipts
         self._last_line = time.monotonic()
         self._rate = _Rate()
 
@@ -47,7 +48,8 @@ class LineReporter:
 
     def receipt(self, receipt: dict[str, Any]) -> None:
         """Print the receipt's table."""
-        print_receipt(receipt, self._console)
+        if self._receipts:
+            print_receipt(receipt, self._console)
 
     def progress(self, task: str, done: int, total: int) -> None:
         """Print now and then, not at every call."""
@@ -75,8 +77,8 @@ class LineReporter:
 class BarReporter(LineReporter):
     """Bars that redraw in place."""
 
-    def __init__(self, console: "Console") -> None:
-        super().__init__(console)
+    def __init__(self, console: "Console", *, receipts: bool = True) -> None:
+        super().__init__(console, receipts=receipts)
         self._bars = _bars(console)
         self._tasks: dict[str, Any] = {}
         self._shown = ""
@@ -105,9 +107,9 @@ class BarReporter(LineReporter):
         self._bars.update(self._tasks[task], completed=done, total=total, figures=shown)
 
 
-def reporter_for(console: "Console") -> LineReporter:
-    """Bars on a terminal, lines elsewhere."""
-    return BarReporter(console) if console.is_terminal else LineReporter(console)
+def reporter_for(console: "Console", *, receipts: bool = True) -> LineReporter:
+    """Bars on a terminal, lines elsewhere; `receipts=False` where the receipt is printed as a result."""
+    return (BarReporter if console.is_terminal else LineReporter)(console, receipts=receipts)
 
 
 def _bars(console: "Console") -> "Progress":

@@ -19,7 +19,7 @@ from prefopt_cli.cli.common import (
 if TYPE_CHECKING:
     from prefopt_cli.training.run import Outcome
 
-EPILOG = "Example: prefopt train recipes/gpo-hh.yaml method.beta=0.05 training.max_steps=20"
+EPILOG = "Example: prefopt train recipes/gpo-hh.yaml method.beta=0.05"
 
 SIGNAL_EXIT_BASE = 128
 
@@ -45,19 +45,18 @@ def train(
         raise UserError("--resume and --overwrite exclude each other.")
     loaded = load_recipe(recipe, overrides or ())
     prepare_libraries()
-    from prefopt_cli.cli.progress import LineReporter, reporter_for
+    from prefopt_cli.cli.progress import reporter_for
     from prefopt_cli.training import run as training
-    from prefopt_cli.training.reporting import Silent
+    from prefopt_cli.training.reporting import Reporter, Silent
 
     console = standard_error()
-    reporter = reporter_for(console) if main_process() else Silent()
+    reporter: Reporter = reporter_for(console) if main_process() else Silent()
     try:
         outcome = training.train(
             loaded, recipe_folder=Path(recipe).parent, reporter=reporter, resume=resume, overwrite=overwrite
         )
     finally:
-        if isinstance(reporter, LineReporter):
-            reporter.close()
+        reporter.close()
     if not main_process():
         raise typer.Exit(_exit_code(outcome))
     if json:

@@ -11,6 +11,16 @@ from prefopt_cli.runs.folder import RunFolder
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+NO_SPACE_WORDS = (
+    "No space left on device",
+    "os error 28",  # safetensors, ENOSPC
+    "os error 27",  # safetensors, EFBIG
+    "iostream error",  # torch.save
+    "PytorchStreamWriter failed writing",
+    "inline_container.cc",  # torch.save, closing what it could not write
+)
+"""safetensors and torch report a full disk in words of their own instead of an OSError with a number."""
+
 
 @contextmanager
 def explained(run: RunFolder) -> Iterator[None]:
@@ -42,9 +52,12 @@ def explained(run: RunFolder) -> Iterator[None]:
         ) from error
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """safetensors and torch report it in words of their own instead of an OSError with a number."""
-    if isinstance(error, OSError) and error.errno in NO_SPACE:
-        return True
-    text = str(error)
-    return "No space left on device" in text or "os error 28" in text or "file write failed" in text
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is the cause, or what it came from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return True
+        if any(words in str(error) for words in NO_SPACE_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -21,6 +21,9 @@ class Reporter(Protocol):
     def evaluation(self, metrics: dict[str, float]) -> None:
         """An evaluation has ended."""
 
+    def close(self) -> None:
+        """Nothing more will come."""
+
 
 class Silent:
     """A reporter that says nothing."""
@@ -30,3 +33,4 @@ class Silent:
     def progress(self, task: str, done: int, total: int) -> None: ...
     def step(self, step: int, total: int, metrics: dict[str, float] | None) -> None: ...
     def evaluation(self, metrics: dict[str, float]) -> None: ...
+    def close(self) -> None: ...

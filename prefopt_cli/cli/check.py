@@ -1,0 +1,143 @@
+"""`prefopt check`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from prefopt_cli.cli.common import (
+    DebugOption,
+    JsonOption,
+    OverridesArgument,
+    RecipeArgument,
+    prepare_libraries,
+    standard_error,
+    standard_output,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+    from prefopt_cli.training.inspection import Inspection, MaskedPair
+
+EPILOG = "Example: prefopt check recipes/gpo-hh.yaml dataset.max_length=512"
+
+CONTEXT_SHOWN, TRAINED_SHOWN, END_SHOWN = 16, 24, 8
+"""Tokens shown before the boundary, after it, and at the end of a response."""
+
+
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    pairs: Annotated[int, typer.Option("--pairs", min=0, help="Pairs to show token by token.")] = 2,
+    device: Annotated[
+        str, typer.Option("--device", help="Where the run will take place: auto, cpu or cuda.")
+    ] = "auto",
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Judge a recipe, its data and its memory in seconds, without loading weights."""
+    from prefopt_cli.errors import UserError
+    from prefopt_cli.recipe import load_recipe
+
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device: expected auto, cpu or cuda, found {device!r}.")
+    loaded = load_recipe(recipe, overrides or ())
+    prepare_libraries()
+    from prefopt_cli.cli.progress import reporter_for
+    from prefopt_cli.training.inspection import inspect
+    from prefopt_cli.training.reporting import Silent
+
+    # The receipt is part of the result here, so it must not be printed along the way.
+    reporter = reporter_for(standard_error(), receipts=False) if not json else Silent()
+    where: Literal["cpu", "cuda"] | None = None if device == "auto" else "cuda" if device == "cuda" else "cpu"
+    try:
+        found = inspect(
+            loaded, recipe_folder=Path(recipe).parent, reporter=reporter, device=where, pairs=pairs
+        )
+    finally:
+        reporter.close()
+    if json:
+        typer.echo(_as_json(found))
+    else:
+        _print(found, recipe, standard_output())
+
+
+def _as_json(found: "Inspection") -> str:
+    import json
+
+    return json.dumps(found.to_dict())
+
+
+def _print(found: "Inspection", recipe: str, console: "Console") -> None:
+    from prefopt_cli.cli.receipt import print_receipt
+
+    def line(text: str = "") -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    line(f"{recipe}: the recipe is sound.")
+    line()
+    print_receipt(found.receipt, console)
+    line()
+    if found.masks:
+        line("What is trained (marked) and what is only read, token by token:")
+        for mask in found.masks:
+            console.print(
+                _mask_line(mask, colour=console.is_terminal and not console.no_color), soft_wrap=True
+            )
+        line()
+    line(f"Loss: {found.method}.")
+    line(f"Reference policy: {found.reference}.")
+    line(f"Steps: {found.steps} of {found.pairs_per_step} pairs per process.")
+    line()
+    _print_memory(found, console)
+    for note in found.notes:
+        line(f"Note: {note}")
+
+
+def _mask_line(mask: "MaskedPair", *, colour: bool) -> "Text":
+    """The tokens around the boundary. Without colour, trained tokens stand between » and «."""
+    from rich.text import Text
+
+    context, trained = mask.context, mask.trained
+    text = Text(f"  {mask.pair_id} {mask.side}: ")
+    hidden = len(context) - CONTEXT_SHOWN
+    text.append(f"({hidden} more) " if hidden > 0 else "")
+    text.append("|".join(map(_visible, context[-CONTEXT_SHOWN:])), style="dim" if colour else "")
+    text.append(" " if colour else " »")
+    style = ("bold green" if mask.side == "chosen" else "bold red") if colour else ""
+    if len(trained) <= TRAINED_SHOWN + END_SHOWN:
+        text.append("|".join(map(_visible, trained)), style=style)
+    else:
+        text.append("|".join(map(_visible, trained[:TRAINED_SHOWN])), style=style)
+        text.append(f" ({len(trained) - TRAINED_SHOWN - END_SHOWN} more) ")
+        text.append("|".join(map(_visible, trained[-END_SHOWN:])), style=style)
+    text.append("" if colour else "«")
+    return text
+
+
+def _visible(token: str) -> str:
+    return token.replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _print_memory(found: "Inspection", console: "Console") -> None:
+    from rich import box
+    from rich.table import Table
+
+    from prefopt_cli.models.memory import format_bytes
+
+    memory = found.memory
+    share = memory.trainable_parameters / memory.parameters
+    console.print(
+        f"Parameters: {memory.parameters:,}, of which {memory.trainable_parameters:,} ({share:.1%}) are trained."
+    )
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    table.add_column(f"peak memory per process on {found.device}, {memory.phase}")
+    table.add_column("estimate", justify="right")
+    rows: dict[str, Any] = {**memory.parts, "total": memory.total}
+    for part, size in rows.items():
+        table.add_row(part, format_bytes(size), style="bold" if part == "total" else "")
+    console.print(table)
+    for note in memory.notes:
+        console.print(f"Note: {note}", markup=False, soft_wrap=True)

@@ -1,0 +1,155 @@
+"""What `prefopt check` finds out about a run without loading weights."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from trl import DPOConfig
+
+from prefopt_cli.models import loading
+from prefopt_cli.models.memory import MemoryEstimate, Precision, estimate_memory
+from prefopt_cli.models.policy import describe_reference
+from prefopt_cli.recipe.schema import LoraAdapter, Recipe
+from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.training.functions import describe_probe, find_function, require_usable
+from prefopt_cli.training.preparation import Prepared, extent, prepare
+from prefopt_cli.training.reporting import Reporter
+
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class MaskedPair:
+    """One side of a pair as the model sees it, token by token."""
+
+    pair_id: str
+    side: Literal["chosen", "rejected"]
+    context: list[str]
+    """Tokens that are only read."""
+    trained: list[str]
+    """Tokens whose log-probability enters the loss."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """The findings of a check."""
+
+    method: str
+    reference: str
+    receipt: dict[str, Any]
+    masks: list[MaskedPair]
+    memory: MemoryEstimate
+    device: Device
+    pairs_per_step: int
+    steps: int
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+
+
+def inspect(
+    recipe: Recipe, *, recipe_folder: Path, reporter: Reporter, device: Device | None = None, pairs: int = 2
+) -> Inspection:
+    """Do all of a run but load its weights and train.
+
+    Args:
+        recipe: the validated recipe.
+        recipe_folder: where a user's own f is looked for first.
+        reporter: told what happens.
+        device: where the run is to take place; None stands for this machine's.
+        pairs: how many pairs to show token by token.
+
+    Raises:
+        UserError: what would stop `prefopt train`, with the same message.
+    """
+    notes = _output_notes(RunFolder(Path(recipe.output_dir).expanduser()))
+    loss = recipe.method.loss
+    method = describe_probe(loss, require_usable(loss, find_function(loss, recipe_folder)))
+    prepared = prepare(recipe, reporter)
+    given = recipe.training
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and not given.get("use_cpu") else "cpu"
+    per_step = _field(given, "per_device_train_batch_size") * _field(given, "gradient_accumulation_steps")
+    return Inspection(
+        method=method,
+        reference=describe_reference(prepared.source, recipe.adapter),
+        receipt=prepared.tokens.receipt.to_dict(),
+        masks=_masks(prepared, pairs),
+        memory=_memory(recipe, prepared, device),
+        device=device,
+        pairs_per_step=per_step,
+        steps=_steps(given, len(prepared.tokens.train), per_step),
+        notes=notes,
+    )
+
+
+def _output_notes(run: RunFolder) -> list[str]:
+    run.require_writable()
+    if run.is_run():
+        return [
+            f"{run.path} already holds a run: train with --resume or --overwrite, or choose another output_dir."
+        ]
+    run.require_free(overwrite=False)
+    return []
+
+
+def _masks(prepared: Prepared, count: int) -> list[MaskedPair]:
+    def pieces(ids: list[int]) -> list[str]:
+        return [
+            prepared.tokenizer.decode([token]) or prepared.tokenizer.convert_ids_to_tokens(token)
+            for token in ids
+        ]
+
+    masks = []
+    for row in prepared.tokens.train.select(range(min(count, len(prepared.tokens.train)))):
+        context = pieces(row["prompt_ids"])
+        masks.append(MaskedPair(row["pair_id"], "chosen", context, pieces(row["chosen_ids"])))
+        masks.append(MaskedPair(row["pair_id"], "rejected", context, pieces(row["rejected_ids"])))
+    return masks
+
+
+def _memory(recipe: Recipe, prepared: Prepared, device: Device) -> MemoryEstimate:
+    """Of the batch that holds the longest row: the run's peak is there."""
+    given = recipe.training
+    lengths = prepared.tokens.receipt.to_dict()["sets"]["train"]["lengths"]
+    return estimate_memory(
+        loading.on_meta_device(prepared.source, recipe.model, recipe.adapter),
+        reference=_reference_kind(recipe),
+        rows=2 * _field(given, "per_device_train_batch_size"),
+        row_length=extent(prepared.tokens.train)[0],
+        response_length=max(lengths["chosen"]["p95"], lengths["rejected"]["p95"]),
+        optimizer=_field(given, "optim"),
+        mixed_precision=_precision(given, device),
+        gradient_checkpointing=given.get("activation_checkpointing", _field(given, "gradient_checkpointing")),
+        gradient_accumulation_steps=_field(given, "gradient_accumulation_steps"),
+        device=device,
+    )
+
+
+def _reference_kind(recipe: Recipe) -> Literal["copy", "adapter_disabled", "none"]:
+    if recipe.training.get("precompute_ref_log_probs"):
+        return "none"
+    return "adapter_disabled" if isinstance(recipe.adapter, LoraAdapter) else "copy"
+
+
+def _precision(given: dict[str, Any], device: Device) -> Precision:
+    if given.get("fp16"):
+        return "fp16"
+    return "bf16" if given.get("bf16", device == "cuda") else "no"
+
+
+def _field(given: dict[str, Any], name: str) -> Any:
+    """A training field, or the library's default for it."""
+    return given[name] if name in given else DPOConfig.__dataclass_fields__[name].default
+
+
+def _steps(given: dict[str, Any], pairs: int, per_step: int) -> int:
+    if _field(given, "max_steps") > 0:
+        return int(given["max_steps"])
+    batches = math.ceil(pairs / _field(given, "per_device_train_batch_size"))
+    per_epoch = max(math.ceil(batches / _field(given, "gradient_accumulation_steps")), 1)
+    return math.ceil(per_epoch * _field(given, "num_train_epochs"))

@@ -45,7 +45,9 @@ def prefopt(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return invoke
 
 
-def in_a_process(*arguments: str, cwd: Path | None = None, **options: object) -> subprocess.CompletedProcess[str]:
+def in_a_process(
+    *arguments: str, cwd: Path | None = None, **options: object
+) -> subprocess.CompletedProcess[str]:
     """`python -m prefopt_cli` with these arguments."""
     return subprocess.run(
         [sys.executable, "-m", "prefopt_cli", *arguments],

@@ -28,7 +28,11 @@ def recipe(tiny_world: Path, tmp_path: Path) -> Path:
 def test_lines_without_a_terminal(prefopt: Prefopt, recipe: Path, tmp_path: Path) -> None:
     result = prefopt("train", str(recipe), "training.max_steps=3")
     assert result.code == 0
-    assert [line.split()[1] for line in result.err.splitlines() if line.startswith("step ")] == ["1/3", "2/3", "3/3"]
+    assert [line.split()[1] for line in result.err.splitlines() if line.startswith("step ")] == [
+        "1/3",
+        "2/3",
+        "3/3",
+    ]
     assert "eval heldout: loss" in result.err
     assert "Reference policy: a frozen copy of" in result.err
     assert "96 pairs, 96 prompts" in result.err
@@ -89,7 +93,9 @@ def test_signal_saves_and_the_printed_command_goes_on(
     )
     with resumed:
         assert resumed.stderr is not None
-        first = next(int(line.split()[1].split("/")[0]) for line in resumed.stderr if line.startswith("step "))
+        first = next(
+            int(line.split()[1].split("/")[0]) for line in resumed.stderr if line.startswith("step ")
+        )
         resumed.kill()
     assert first == stopped + 1
 

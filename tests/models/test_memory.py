@@ -1,0 +1,379 @@
+"""The memory estimate against real tensors, and the ways in which its parts must move."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import trl.trainer.utils
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.models import memory_step
+from prefopt_cli.models.memory import estimate_memory, format_bytes
+from prefopt_cli.models.memory_log import AllocationLog
+from prefopt_cli.models.memory_optimizer import optimizer_state_bytes, optimizer_step_bytes
+
+GIB = 2**30
+BATCH: dict[str, Any] = {"rows": 4, "row_length": 64, "response_length": 24}
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    small = {
+        "vocab_size": 500,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return LlamaConfig(**{**small, **changes})
+
+
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+
+
+def on_meta(config: Any, *, lora: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    with torch.device("meta"):
+        return build(config, lora=lora, dtype=dtype)
+
+
+def build(config: Any, *, lora: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if not lora:
+        return model
+    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def estimate(model: Any, reference: str = "copy", **changes: Any) -> Any:
+    found = estimate_memory(model, reference=reference, **{**BATCH, **changes})  # type: ignore[arg-type]
+    assert found.method == "traced", found.notes
+    return found
+
+
+def size(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+CONFIGS = {
+    "llama": llama(),
+    "qwen2-tied": Qwen2Config(**llama(tie_word_embeddings=True).to_diff_dict() | {"model_type": "qwen2"}),
+    "gpt2": GPT2Config(vocab_size=500, n_embd=64, n_layer=3, n_head=4, n_positions=128),
+}
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameter_counts_and_weights_are_those_of_the_built_model(name: str, lora: bool) -> None:
+    real = build(CONFIGS[name], lora=lora)
+
+    found = estimate(on_meta(CONFIGS[name], lora=lora), "adapter_disabled" if lora else "copy")
+
+    assert found.parameters == sum(p.numel() for p in real.parameters())
+    assert found.trainable_parameters == sum(p.numel() for p in real.parameters() if p.requires_grad)
+    assert found.parts["weights"] == size(real.parameters()) + size(real.buffers())
+    assert found.total == sum(found.parts.values())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_activations_before_the_head_are_what_autograd_saves_on_real_tensors(
+    name: str, checkpointing: bool
+) -> None:
+    """Counted by hooks on the real model: unique storages saved for backward that are not parameters."""
+    real = build(CONFIGS[name]).train()
+    for module in real.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if checkpointing:
+        real.gradient_checkpointing_enable({"use_reentrant": False})
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    tokens = torch.zeros(BATCH["rows"], BATCH["row_length"], dtype=torch.long)
+    mask = torch.ones_like(tokens)
+    mask[0, -8:] = 0  # with padding, as in a real batch
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = real.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
+    for tensor in [*real.parameters(), *real.buffers()]:
+        saved.pop(tensor.untyped_storage().data_ptr(), None)
+    expected = sum(storage.nbytes() for storage in saved.values())
+    assert hidden.requires_grad
+
+    found = estimate(on_meta(CONFIGS[name]), "none", gradient_checkpointing=checkpointing)
+
+    # The head has the peak at this size of vocabulary. Checkpointing holds masks and rotary angles besides.
+    spare = 2**15 if checkpointing else 16
+    assert expected <= found.parts["activations"] <= expected + spare
+
+
+def test_the_log_counts_storages_once_and_finds_the_peak() -> None:
+    log = AllocationLog()
+    with log:
+        first = torch.zeros(1000)  # 4000 bytes
+        log.part = "later"
+        second = torch.zeros(500)  # 2000
+        view = first.view(10, 100).t()
+        view.add_(1)
+        del first
+        third = torch.zeros(250) if view is not None else second  # 1000: the peak, the view holds `first`
+        del view, second
+        torch.zeros(1)
+    del third
+
+    assert log.peak() == {"activations": 4000, "later": 3000}
+
+
+def test_activations_are_linear_in_rows() -> None:
+    model = on_meta(llama())
+    found = [estimate(model, "none", rows=rows).parts["activations"] for rows in (4, 12)]
+
+    assert found[1] == pytest.approx(3 * found[0], rel=0.01)
+
+
+def test_checkpointing_stores_less() -> None:
+    model = on_meta(llama(num_hidden_layers=12))
+    plain = estimate(model)
+    checkpointed = estimate(model, gradient_checkpointing=True)
+
+    assert checkpointed.parts["activations"] < plain.parts["activations"] / 4
+    assert checkpointed.total < plain.total
+
+
+def test_eager_attention_stores_the_scores() -> None:
+    """4 rows x 4 heads x 256 x 256 scores of 4 bytes are 4 MiB in each of 4 layers; sdpa's mask is 1 MiB."""
+    sdpa, eager = on_meta(llama()), on_meta(llama(attn_implementation="eager"))
+    stored = [estimate(model, row_length=256).parts["activations"] for model in (sdpa, eager)]
+
+    assert stored[1] - stored[0] >= 4 * 2.5 * 2**20
+
+
+def test_a_reference_copy_costs_the_weights_again_and_an_adapter_needs_none() -> None:
+    full, lora = on_meta(llama()), on_meta(llama(), lora=True)
+    with_copy, without = estimate(full), estimate(full, "none")
+    switched_off = estimate(lora, "adapter_disabled")
+
+    assert with_copy.parts["frozen policy"] == with_copy.parts["weights"]
+    assert "frozen policy" not in without.parts
+    assert "frozen policy" not in switched_off.parts
+
+
+def test_lora_drops_gradients_and_optimizer_states_of_the_frozen_weights() -> None:
+    wide = llama(hidden_size=256, intermediate_size=1024)
+    batch = {"rows": 2, "row_length": 4}  # small activations: the peak is where the gradients are
+    full = estimate(on_meta(wide), **batch)
+    lora = estimate(on_meta(wide, lora=True), "adapter_disabled", **batch)
+
+    assert full.parts["optimizer"] == 8 * full.trainable_parameters
+    assert lora.parts["optimizer"] == 8 * lora.trainable_parameters
+    assert lora.trainable_parameters < full.trainable_parameters / 10
+    assert lora.parts.get("gradients", 0) <= 4 * lora.trainable_parameters
+    assert full.parts["gradients"] > 4 * lora.trainable_parameters
+
+
+def test_accumulated_gradients_are_there_in_the_forward_pass() -> None:
+    model = on_meta(llama(vocab_size=4000))
+    once = estimate(model)
+    twice = estimate(model, gradient_accumulation_steps=2)
+
+    assert twice.parts["gradients"] == 4 * twice.trainable_parameters
+    assert once.parts.get("gradients", 0) < twice.parts["gradients"]
+
+
+def test_autocast_halves_activations_and_adds_weight_copies() -> None:
+    model = on_meta(llama())
+    full, half = estimate(model), estimate(model, mixed_precision="bf16")
+
+    assert half.parts["activations"] < 0.8 * full.parts["activations"]
+    assert half.parts["weights"] == full.parts["weights"]
+    assert 0 < half.parts["low-precision weight copies"] <= full.parts["weights"]
+    assert "low-precision weight copies" not in full.parts
+
+
+def test_bfloat16_weights_take_half() -> None:
+    found = [estimate(on_meta(llama(), dtype=dtype)) for dtype in (torch.float32, torch.bfloat16)]
+
+    assert found[1].parts["weights"] == pytest.approx(found[0].parts["weights"] / 2, rel=0.01)
+    assert found[1].parts["optimizer"] == found[0].parts["optimizer"] / 2
+
+
+def test_on_cuda_the_head_runs_on_responses_only() -> None:
+    model = on_meta(llama(vocab_size=8000))
+    long, short = (
+        estimate(model, "none", device="cuda", row_length=512, response_length=length, rows=8)
+        for length in (500, 10)
+    )
+    cpu = estimate(model, "none", row_length=512, response_length=10, rows=8)
+
+    assert short.total < long.total < cpu.total
+
+
+def test_the_peak_is_the_optimizer_step_when_activations_are_tiny() -> None:
+    model = on_meta(llama(hidden_size=256, intermediate_size=4096, vocab_size=100))
+    found = estimate(model, "none", rows=2, row_length=2, optimizer="adamw_torch", device="cuda")
+    trained = 4 * found.trainable_parameters
+
+    assert found.phase == "optimizer step"
+    assert found.parts["gradients"] == trained
+    assert found.parts["optimizer"] == 2 * trained
+    assert found.parts["optimizer temporaries"] == trained
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("adamw_torch_fused", 8 * 100_000),
+        ("adamw_torch", 8 * 100_000),
+        ("sgd", 0),
+        ("adafactor", 4 * (100 + 1000)),
+        ("adamw_8bit", 2 * (100_000 + 4 * 100_000 // 256)),
+        ("paged_adamw_32bit", 8 * 100_000),
+        ("paged_adamw_8bit", 2 * (100_000 + 4 * 100_000 // 256)),
+        ("lion_8bit", 100_000 + 4 * 100_000 // 256),
+        ("ademamix", 12 * 100_000),
+    ],
+)
+def test_optimizer_states_of_a_matrix(name: str, expected: int) -> None:
+    assert optimizer_state_bytes(name, [torch.empty(100, 1000, device="meta")]) == pytest.approx(
+        expected, abs=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("adamw_torch", torch.optim.AdamW),
+        ("sgd", torch.optim.SGD),
+        ("rmsprop", torch.optim.RMSprop),
+        ("adagrad", torch.optim.Adagrad),
+    ],
+)
+def test_optimizer_states_are_those_of_a_real_step(name: str, make: Any) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(64, 32)), torch.nn.Parameter(torch.ones(7))]
+    optimizer = make(parameters, lr=0.1)
+    sum(p.sum() for p in parameters).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    kept = sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if torch.is_tensor(value) and value.ndim
+    )
+
+    assert optimizer_state_bytes(name, parameters) == kept
+
+
+def test_small_tensors_stay_in_float32_in_8bit_optimizers() -> None:
+    assert optimizer_state_bytes("adamw_8bit", [torch.empty(100, device="meta")]) == 800
+
+
+def test_loop_optimizers_need_room_for_the_largest_parameter() -> None:
+    parameters = [torch.empty(10, 10), torch.empty(5)]
+
+    assert optimizer_step_bytes("adamw_torch", parameters, "cpu") == 2 * 400
+    assert optimizer_step_bytes("adamw_torch", parameters, "cuda") == 420
+    assert optimizer_step_bytes("adamw_torch_fused", parameters, "cuda") == 0
+    assert optimizer_step_bytes("adamw_torch", [], "cpu") == 0
+
+
+def test_an_unknown_optimizer_is_assumed_to_be_adamw_and_says_so() -> None:
+    found = estimate(on_meta(llama()), optimizer="galore_adamw")
+
+    assert found.parts["optimizer"] == 8 * found.trainable_parameters
+    assert "galore_adamw" in found.notes[0]
+
+
+def test_an_8b_model_takes_no_memory_to_estimate() -> None:
+    before = resident_bytes()
+    found = estimate(
+        on_meta(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16),
+        "copy",
+        row_length=1024,
+        response_length=256,
+        mixed_precision="bf16",
+        gradient_checkpointing=True,
+        device="cuda",
+    )
+
+    assert resident_bytes() - before < 0.5 * GIB
+    assert found.parts["weights"] > 14.9 * GIB  # 8.03e9 numbers of 2 bytes
+    assert 4.9 * 14.9 * GIB < found.total < 90 * GIB  # two copies, gradients, two states; little else
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/status") as status:
+        line = next(line for line in status if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
+
+
+def test_a_model_that_needs_data_falls_back_to_a_labelled_formula() -> None:
+    class Branching(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+            return self.inner(hidden) if hidden.sum() > 0 else hidden
+
+    model = on_meta(llama())
+    traced = estimate(model)
+    model.model.layers[0].mlp = Branching(model.model.layers[0].mlp)
+
+    found = estimate_memory(model, reference="copy", **BATCH)
+
+    assert found.method == "formula"
+    assert "rule of thumb" in found.notes[0]
+    assert found.parameters == traced.parameters
+    assert found.parts["weights"] == traced.parts["weights"]
+    assert traced.parts["activations"] / 3 < found.parts["activations"] < 3 * traced.parts["activations"]
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    model = build(llama(), lora=True).eval()
+    before = {name: (id(p), p.device, p.requires_grad) for name, p in model.named_parameters()}
+    state = copy.deepcopy(model.state_dict())
+
+    estimate(model, "adapter_disabled", gradient_checkpointing=True)
+
+    assert {name: (id(p), p.device, p.requires_grad) for name, p in model.named_parameters()} == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not model.training
+    assert not model.is_gradient_checkpointing
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_impossible_questions_are_user_errors() -> None:
+    with pytest.raises(UserError, match="no adapter"):
+        estimate_memory(on_meta(llama()), reference="adapter_disabled", **BATCH)
+    with pytest.raises(UserError, match="nothing to score"):
+        estimate_memory(on_meta(llama()), reference="none", rows=0, row_length=8, response_length=4)
+
+
+def test_trl_still_tiles_its_head_as_assumed() -> None:
+    assert memory_step.VOCABULARY_CHUNK == trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3 * 2**20 + 2**19, "3.5 MiB"),
+        (15 * GIB, "15.0 GiB"),
+        (2048 * GIB, "2.0 TiB"),
+    ],
+)
+def test_format_bytes(count: int, text: str) -> None:
+    assert format_bytes(count) == text

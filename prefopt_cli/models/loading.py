@@ -1,13 +1,23 @@
 """Configuration, tokenizer and weights of a policy, through transformers and peft."""
 
 import contextlib
+import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -44,7 +54,7 @@ def load_tokenizer(source: PolicySource, settings: ModelSettings) -> PreTrainedT
         source.adapter if source.adapter and (source.adapter / "tokenizer_config.json").is_file() else None
     )
     place = str(folder or source.weights)
-    with _loading_errors(place):
+    with _loading_errors(place, "the tokenizer of model"):
         tokenizer = AutoTokenizer.from_pretrained(place, **_hub_arguments(source, settings))
     if settings.chat_template is not None:
         try:
@@ -70,13 +80,16 @@ def load_model(
     if isinstance(adapter, LoraAdapter):
         require_same_adapter(source, adapter)
     with _loading_errors(source.weights):
-        model = AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             source.weights,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # only to be refused in better words
             dtype=weights_dtype(settings, adapter),
             use_safetensors=True,
             **({"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}),
             **_hub_arguments(source, settings),
         )
+    _require_all_weights(source.weights, loaded)
     if source.adapter is None:
         return model
     with _loading_errors(str(source.adapter)):
@@ -111,28 +124,69 @@ def new_adapter(source: PolicySource, adapter: LoraAdapter | str) -> LoraConfig 
 def on_meta_device(
     source: PolicySource, settings: ModelSettings, adapter: LoraAdapter | str
 ) -> PreTrainedModel | PeftModel:
-    """The policy as it will be trained, without any weights: for counting and estimating."""
+    """The policy as it will be trained, without any weights: for counting, estimating, and early refusals.
+
+    Raises:
+        UserError: no such model can be built, or the adapter does not fit it.
+    """
     config = load_config(source, settings)
     dtype = weights_dtype(settings, adapter)
     dtype = (config.dtype or torch.float32) if dtype == CHECKPOINT_DTYPE else dtype
-    with torch.device("meta"):
+    with torch.device("meta"), _loading_errors(source.weights):
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
             trust_remote_code=settings.trust_remote_code,
             **({"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}),
         )
-        if not isinstance(adapter, LoraAdapter):
-            return model
-        if source.adapter is None:
-            return _with_adapter(
+    if not isinstance(adapter, LoraAdapter):
+        return model
+    require_same_adapter(source, adapter)
+    if source.adapter is not None:
+        with torch.device("meta"), _loading_errors(str(source.adapter)):
+            return get_peft_model(model, LoraConfig.from_pretrained(str(source.adapter)))
+    return _with_new_adapter(model, adapter)
+
+
+def _with_new_adapter(model: PreTrainedModel, adapter: LoraAdapter) -> PeftModel:
+    modules = [name for name, _ in model.named_modules()]
+    linear = {name.rpartition(".")[2] for name, each in model.named_modules() if isinstance(each, nn.Linear)}
+    for field in ("target_modules", "modules_to_save"):
+        wanted = getattr(adapter, field)
+        # peft itself objects only where none of the names matches.
+        for name in wanted if isinstance(wanted, list) else ():
+            if not any(module == name or module.endswith(f".{name}") for module in modules):
+                raise UserError(
+                    f"adapter.{field}: the model has no module {name!r}; its linear ones are "
+                    f"{', '.join(sorted(linear))}."
+                )
+    try:
+        with torch.device("meta"):
+            adapted = get_peft_model(
                 model, LoraConfig(task_type="CAUSAL_LM", **adapter.model_dump(exclude={"type"}))
             )
-        return _with_adapter(model, LoraConfig.from_pretrained(str(source.adapter)))
+    except (ValueError, re.error) as error:
+        raise UserError(f"adapter: {' '.join(str(error).split())}") from error
+    if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
+        raise UserError(
+            "adapter.target_modules: the language-model head cannot carry an adapter, which would never be trained. "
+            "Leave it out, or train all of it: modules_to_save: [lm_head]."
+        )
+    return adapted
 
 
-def _with_adapter(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
-    return get_peft_model(model, config)
+def _require_all_weights(name: str, loaded: dict[str, Any]) -> None:
+    """Refuse weights that do not fill the model: the library would fill the rest at random."""
+    faults = {
+        "are not in its weights": sorted(loaded["missing_keys"]),
+        "have another shape in its weights": sorted(key for key, *_ in loaded["mismatched_keys"]),
+    }
+    for fault, keys in faults.items():
+        if keys:
+            raise UserError(
+                f"model {name} is incomplete: {len(keys)} of the parameters that its config.json describes {fault} "
+                f"({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}). Both files must be of the same model."
+            )
 
 
 def _hub_arguments(source: PolicySource, settings: ModelSettings) -> dict[str, Any]:
@@ -143,8 +197,8 @@ def _hub_arguments(source: PolicySource, settings: ModelSettings) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _loading_errors(name: str) -> Iterator[None]:
-    """Say in one sentence why a model could not be loaded."""
+def _loading_errors(name: str, what: str = "model") -> Iterator[None]:
+    """Say in one sentence why a model or its tokenizer could not be loaded."""
     try:
         yield
     except GatedRepoError as error:
@@ -153,8 +207,21 @@ def _loading_errors(name: str) -> Iterator[None]:
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(f"model {name} is neither a folder here nor a model on the hub.") from error
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(f"model {name} cannot be loaded: {_reason(name, error)}") from error
+    except SafetensorError as error:
+        raise UserError(
+            f"model {name} cannot be loaded: its weights are damaged or cut off ({error}). Fetch them again."
+        ) from error
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        ImportError,
+        StrictDataclassError,
+    ) as error:
+        raise UserError(f"{what} {name} cannot be loaded: {_reason(name, error)}") from error
 
 
 def _reason(name: str, error: BaseException) -> str:
@@ -168,4 +235,10 @@ def _reason(name: str, error: BaseException) -> str:
         )
     if "trust_remote_code" in text:
         return "it brings its own code. Read that code, then set model.trust_remote_code: true."
-    return text[:400]
+    if "Couldn't instantiate the backend tokenizer" in text:
+        return (
+            "there is none. Put the model's tokenizer.json and tokenizer_config.json beside its config.json."
+        )
+    if text.startswith("Unrecognized configuration class"):
+        return "it is no causal language model."
+    return textwrap.shorten(text, 400, placeholder=" ...")

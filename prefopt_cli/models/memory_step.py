@@ -209,18 +209,18 @@ class _TritonHead(torch.autograd.Function):
         return hidden.new_zeros(hidden.size(0), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
-        tensors = ctx.saved_tensors
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        hidden, weight = tensors = ctx.saved_tensors
         sums = [
             torch.zeros_like(tensor, dtype=torch.float32) if needed else None
             for tensor, needed in zip(tensors, ctx.needs_input_grad, strict=True)
         ]
-        _tiles(*tensors, ctx.compute_dtype)
-        hidden, weight = (
+        _tiles(hidden, weight, ctx.compute_dtype)
+        by_hidden, by_weight = (
             None if total is None else total.to(tensor.dtype)
             for total, tensor in zip(sums, tensors, strict=True)
         )
-        return hidden, weight
+        return by_hidden, by_weight
 
 
 def _tiles(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> None:

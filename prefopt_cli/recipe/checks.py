@@ -48,6 +48,23 @@ class Settings:
         return bool(unsure or self.eval_sets())
 
 
+EVAL_METRICS = (
+    "loss",
+    "entropy",
+    "mean_token_accuracy",
+    "logits/chosen",
+    "logits/rejected",
+    "logps/chosen",
+    "logps/rejected",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "gpo/gradient_weight",
+    "gpo/squared_log_ratio",
+)
+"""What every evaluation reports, each after the name of its set: `heldout_loss`."""
+
 Check = Callable[[Settings], Iterator[Problem]]
 
 
@@ -99,10 +116,13 @@ def _metric_of_one_set(settings: Settings) -> Iterator[Problem]:
     metric = settings.training("metric_for_best_model")
     if metric is None:
         yield _problem(name, f"needs training.metric_for_best_model, for example {sets[0]}_loss")
-    elif not str(metric).removeprefix("eval_").startswith(tuple(f"{each}_" for each in sets)):
+    elif str(metric).removeprefix("eval_") not in [
+        f"{each}_{known}" for each in sets for known in EVAL_METRICS
+    ]:
         yield _problem(
             "metric_for_best_model",
-            f"expected a metric of one eval set, for example {sets[0]}_loss, found {shown(metric)}",
+            f"expected a metric of one eval set, for example {sets[0]}_loss or {sets[0]}_rewards/accuracies, "
+            f"found {shown(metric)}",
         )
 
 

@@ -36,6 +36,8 @@ _REMEDIES: dict[Path, str] = {
     ("quantization",): "quantised weights are not supported",
     ("launch", "processes"): "several processes are not supported",
     ("adapter", "type"): "write {type: lora, ...}",
+    ("adapter", "bias"): "trained biases stay when the adapter is switched off, so the reference would move",
+    ("adapter", "init_lora_weights"): "with others the policy without its adapter is not the reference",
 }
 _MANY = 12
 

@@ -45,6 +45,8 @@ def _folder(path: Path) -> str:
 
 
 def _missing(path: Path) -> str:
+    if str(path) == "-":
+        return "a recipe is a file, which --resume reads again: save it, or name /dev/stdin for once"
     message = f"{path} does not exist"
     shipped = shipped_recipes()
     if path.stem in shipped:

@@ -84,10 +84,14 @@ class LoraAdapter(Section):
     modules_to_save: list[str] | None = Field(
         default=None, description="Modules trained in full and saved beside it."
     )
-    bias: Literal["none", "all", "lora_only"] = Field(default="none", description="Which biases are trained.")
+    bias: Literal["none"] = Field(
+        default="none", description="Biases stay frozen, as the reference needs them."
+    )
     use_rslora: bool = Field(default=False, description="Scale by lora_alpha / sqrt(r).")
     use_dora: bool = Field(default=False, description="Weight-decomposed adapters (DoRA).")
-    init_lora_weights: bool | str = Field(default=True, description="As in LoraConfig: true, gaussian, ...")
+    init_lora_weights: Literal[True, "gaussian", "orthogonal"] = Field(
+        default=True, description="As in LoraConfig, as far as the policy starts as the reference."
+    )
     layers_to_transform: list[int] | int | None = Field(default=None, description="Only these layers.")
     rank_pattern: dict[str, int] = Field(default_factory=dict, description="Ranks by module name.")
     alpha_pattern: dict[str, int] = Field(default_factory=dict, description="lora_alpha by module name.")

@@ -39,6 +39,8 @@ GOVERNED: dict[str, str] = {
     "label_names": _DECIDED,
     "include_for_metrics": "decided by prefopt, which computes the metrics itself",
     "batch_eval_metrics": "decided by prefopt, which computes the metrics itself",
+    "use_liger_kernel": "prefopt computes the language-model head itself, which these kernels replace",
+    "length_column_name": _DECIDED,
     "auto_find_batch_size": "it would change the batch size unseen; set training.per_device_train_batch_size",
     "logging_nan_inf_filter": "always off: a loss that is not finite stops the run",
     "sync_ref_model": _FROZEN_REFERENCE,
@@ -83,6 +85,7 @@ TYPES: dict[str, Any] = {
     "report_to": _REPORT | list[_REPORT] | None,
     "pad_to_multiple_of": int | Literal["auto"] | None,
     "fsdp": bool | str | None,
+    "train_sampling_strategy": Literal["random", "sequential"],
 }
 """Types narrower (or, for fsdp, truer) than the annotation: values that fail only deep inside a run."""
 

@@ -8,6 +8,7 @@
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,17 +84,20 @@ class RunFolder:
         Raises:
             UserError: a file is in the way, or the nearest existing folder cannot be written.
         """
-        existing = self.path.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        if not existing.is_dir():
+        shown = str(self.path)[:200]
+        try:
+            existing = _nearest_existing(self.path.absolute())
+            if not existing.is_dir():
+                raise UserError(
+                    f"output_dir {shown}: {existing} is a file, not a folder. Choose another output_dir."
+                )
+            # Permissions do not tell all: file systems can be read-only or, as /proc, not real ones.
+            tempfile.TemporaryDirectory(dir=existing, prefix=".prefopt-").cleanup()
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise UserError(
-                f"output_dir {self.path}: {existing} is a file, not a folder. Choose another output_dir."
-            )
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise UserError(
-                f"output_dir {self.path}: {existing} cannot be written. Choose another output_dir."
-            )
+                f"output_dir {shown} cannot be written ({reason}). Choose another output_dir."
+            ) from error
 
     def require_free(self, *, overwrite: bool) -> None:
         """Refuse to write over anything that is already there.
@@ -124,3 +128,14 @@ class RunFolder:
         if self.is_run():
             shutil.rmtree(self.path)
         self.checkpoints.mkdir(parents=True)
+
+
+def _nearest_existing(path: Path) -> Path:
+    """The path, or the nearest of its parents that is there (a dangling link is)."""
+    while True:
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            path = path.parent
+        else:
+            return path

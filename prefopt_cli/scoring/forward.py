@@ -54,7 +54,8 @@ def score_responses(
     responses = mask[:, 1:].bool()
 
     def per_response(values: Tensor) -> Tensor:
-        return (values[:, -width:].float() * responses).sum(dim=1)
+        wide = torch.promote_types(values.dtype, torch.float32)
+        return (values[:, -width:].to(wide) * responses).sum(dim=1)
 
     return ResponseScores(
         logps=per_response(outputs.log_probs),

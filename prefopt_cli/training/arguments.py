@@ -3,6 +3,9 @@
 from typing import Any
 
 import torch
+from transformers import get_scheduler
+from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import ParallelMode
 from trl import DPOConfig
 
 from prefopt_cli.errors import UserError
@@ -37,6 +40,41 @@ def training_arguments(recipe: Recipe, run: RunFolder, *, evaluates: bool) -> DP
         "disable_tqdm": True,
     }
     try:
-        return DPOConfig(**{**defaults, **given, **governed})
+        args = DPOConfig(**{**defaults, **given, **governed})
+        _try_schedule(args)
     except (ValueError, TypeError, ImportError) as error:
-        raise UserError(f"training: {' '.join(str(error).split())}") from error
+        words = " ".join(str(error).split()).removeprefix("No package metadata was found for ")
+        raise UserError(f"training: {words}") from error
+    _require_integrations(args)
+    _require_devices(args)
+    return args
+
+
+def _try_schedule(args: DPOConfig) -> None:
+    """Make the learning-rate schedule once: its settings are otherwise judged only when training starts."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+
+
+def _require_integrations(args: DPOConfig) -> None:
+    """Refuse to report to what is not installed."""
+    missing = sorted({*args.report_to} - {*get_available_reporting_integrations(), "flyte"})
+    if missing:
+        raise UserError(
+            f"training.report_to: {', '.join(missing)} is not installed. Run `pip install {' '.join(missing)}`, or "
+            "write report_to: none."
+        )
+
+
+def _require_devices(args: DPOConfig) -> None:
+    """Refuse what needs other devices than this process sees."""
+    if args.activation_offloading and args.device.type == "cpu":
+        raise UserError("training.activation_offloading: needs a GPU; set it to false.")
+    if args.fsdp and args.parallel_mode is not ParallelMode.DISTRIBUTED:
+        raise UserError("training.fsdp: needs several processes; start them with torchrun, or leave it out.")
+    if args.n_gpu > 1:
+        raise UserError(
+            f"{args.n_gpu} GPUs are visible to one process, which can use one. Name it, as in "
+            "CUDA_VISIBLE_DEVICES=0 prefopt train ..., or start one process for each: "
+            f"torchrun --nproc-per-node {args.n_gpu} -m prefopt_cli train ..."
+        )

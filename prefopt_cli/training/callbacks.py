@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -175,6 +176,9 @@ def stopping_gently() -> Iterator[StopSignal]:
         KeyboardInterrupt: the signal came twice.
     """
     stop = StopSignal()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # Python delivers signals to the main thread only
+        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         if stop.received is not None:

@@ -44,8 +44,9 @@ class FiniteGuard(TrainerCallback):
         if not seen or model is None:
             return
         losses = torch.cat([losses for losses, _ in seen])
-        gradient = _gradient_norm(model, losses.device)
-        if bool(torch.isfinite(losses).all() & torch.isfinite(gradient)):
+        # With fp16 an overflowing gradient is no accident: the loss scaler skips the step and scales down.
+        gradient = torch.zeros(()) if args.fp16 else _gradient_norm(model, losses.device)
+        if bool(torch.isfinite(losses).all() & torch.isfinite(gradient).to(losses.device)):
             return
         indices = torch.cat([index for _, index in seen])
         bad = ~torch.isfinite(losses)

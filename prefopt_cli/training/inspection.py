@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from trl import DPOConfig
 
-from prefopt_cli.models import loading
 from prefopt_cli.models.memory import MemoryEstimate, Precision, estimate_memory
 from prefopt_cli.models.policy import describe_reference
 from prefopt_cli.recipe.schema import LoraAdapter, Recipe
 from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.functions import describe_probe, find_function, require_usable
-from prefopt_cli.training.preparation import Prepared, extent, prepare
+from prefopt_cli.training.preparation import Prepared, extent, prepare, training_field
 from prefopt_cli.training.reporting import Reporter
 
 Device = Literal["cpu", "cuda"]
@@ -66,14 +65,19 @@ def inspect(
     Raises:
         UserError: what would stop `prefopt train`, with the same message.
     """
-    notes = _output_notes(RunFolder(Path(recipe.output_dir).expanduser()))
+    run = RunFolder(Path(recipe.output_dir).expanduser())
+    notes = _output_notes(run)
     loss = recipe.method.loss
     method = describe_probe(loss, require_usable(loss, find_function(loss, recipe_folder)))
     prepared = prepare(recipe, reporter)
     given = recipe.training
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() and not given.get("use_cpu") else "cpu"
-    per_step = _field(given, "per_device_train_batch_size") * _field(given, "gradient_accumulation_steps")
+    here: Device = "cuda" if torch.cuda.is_available() and not given.get("use_cpu") else "cpu"
+    device = device or here
+    if device == here:  # what another machine can do is not known here
+        training_arguments(recipe, run, evaluates=bool(prepared.tokens.eval))
+    per_step = training_field(given, "per_device_train_batch_size") * training_field(
+        given, "gradient_accumulation_steps"
+    )
     return Inspection(
         method=method,
         reference=describe_reference(prepared.source, recipe.adapter),
@@ -117,15 +121,17 @@ def _memory(recipe: Recipe, prepared: Prepared, device: Device) -> MemoryEstimat
     given = recipe.training
     lengths = prepared.tokens.receipt.to_dict()["sets"]["train"]["lengths"]
     return estimate_memory(
-        loading.on_meta_device(prepared.source, recipe.model, recipe.adapter),
+        prepared.skeleton,
         reference=_reference_kind(recipe),
-        rows=2 * _field(given, "per_device_train_batch_size"),
+        rows=2 * training_field(given, "per_device_train_batch_size"),
         row_length=extent(prepared.tokens.train)[0],
         response_length=max(lengths["chosen"]["p95"], lengths["rejected"]["p95"]),
-        optimizer=_field(given, "optim"),
+        optimizer=training_field(given, "optim"),
         mixed_precision=_precision(given, device),
-        gradient_checkpointing=given.get("activation_checkpointing", _field(given, "gradient_checkpointing")),
-        gradient_accumulation_steps=_field(given, "gradient_accumulation_steps"),
+        gradient_checkpointing=given.get(
+            "activation_checkpointing", training_field(given, "gradient_checkpointing")
+        ),
+        gradient_accumulation_steps=training_field(given, "gradient_accumulation_steps"),
         device=device,
     )
 
@@ -142,14 +148,10 @@ def _precision(given: dict[str, Any], device: Device) -> Precision:
     return "bf16" if given.get("bf16", device == "cuda") else "no"
 
 
-def _field(given: dict[str, Any], name: str) -> Any:
-    """A training field, or the library's default for it."""
-    return given[name] if name in given else DPOConfig.__dataclass_fields__[name].default
-
-
 def _steps(given: dict[str, Any], pairs: int, per_step: int) -> int:
-    if _field(given, "max_steps") > 0:
+    if training_field(given, "max_steps") > 0:
         return int(given["max_steps"])
-    batches = math.ceil(pairs / _field(given, "per_device_train_batch_size"))
-    per_epoch = max(math.ceil(batches / _field(given, "gradient_accumulation_steps")), 1)
-    return math.ceil(per_epoch * _field(given, "num_train_epochs"))
+    batches = pairs / training_field(given, "per_device_train_batch_size")
+    batches = math.floor(batches) if given.get("dataloader_drop_last") else math.ceil(batches)
+    per_epoch = max(math.ceil(batches / training_field(given, "gradient_accumulation_steps")), 1)
+    return math.ceil(per_epoch * training_field(given, "num_train_epochs"))

@@ -5,7 +5,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import DPOConfig
 
 from prefopt_cli import data
 from prefopt_cli.errors import UserError
@@ -23,8 +25,9 @@ class Prepared:
 
     source: PolicySource
     config: Any
+    skeleton: PreTrainedModel | PeftModel
+    """The policy as it will be trained, on the meta device."""
     tokenizer: PreTrainedTokenizerBase
-    text: data.PreferenceData
     tokens: data.TokenizedData
 
 
@@ -36,6 +39,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     """
     source = find_policy(recipe.model)
     config = loading.load_config(source, recipe.model)
+    skeleton = loading.on_meta_device(source, recipe.model, recipe.adapter)
     tokenizer = loading.load_tokenizer(source, recipe.model)
     text = data.load(recipe.dataset, progress=reporter.progress)
     tokens = data.tokenize(text, tokenizer, recipe.dataset, progress=reporter.progress)
@@ -43,7 +47,8 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     if not len(tokens.train):
         raise UserError("dataset.train: no row is left to train on; the receipt says where they went.")
     require_fit(config, tokens)
-    return Prepared(source, config, tokenizer, text, tokens)
+    require_a_batch(recipe, len(tokens.train))
+    return Prepared(source, config, skeleton, tokenizer, tokens)
 
 
 def require_fit(config: Any, tokens: data.TokenizedData) -> None:
@@ -67,6 +72,25 @@ def require_fit(config: Any, tokens: data.TokenizedData) -> None:
                 f"dataset ({name}): the tokenizer gives the token id {largest_id}, but the model's vocabulary has "
                 f"{vocabulary} entries: they do not belong together. Check model.name_or_path."
             )
+
+
+def require_a_batch(recipe: Recipe, pairs: int) -> None:
+    """Refuse data that `dataloader_drop_last` would drop entirely.
+
+    Raises:
+        UserError: there is less than one batch of it.
+    """
+    batch = training_field(recipe.training, "per_device_train_batch_size")
+    if recipe.training.get("dataloader_drop_last") and pairs < batch:
+        raise UserError(
+            f"training.dataloader_drop_last: the {pairs} training pairs do not fill one batch of {batch}, so none "
+            "would be left. Set it to false, or per_device_train_batch_size lower."
+        )
+
+
+def training_field(given: dict[str, Any], name: str) -> Any:
+    """A training field, or the library's default for it."""
+    return given[name] if name in given else DPOConfig.__dataclass_fields__[name].default
 
 
 def extent(rows: Dataset) -> tuple[int, int]:

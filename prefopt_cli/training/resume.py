@@ -9,7 +9,7 @@ from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs.folder import CHECKPOINT_MARK, RunFolder
 from prefopt_cli.training.trainer import PreferenceTrainer
 
-MAY_CHANGE = {
+MAY_CHANGE = {"output_dir"} | {  # a moved run folder is still the same run
     f"training.{name}"
     for name in (
         "logging_steps",

@@ -85,7 +85,16 @@ def train(
     if args.process_index == 0:
         _open_folder(run, recipe, manifest, resume=resume, overwrite=overwrite)
     with _recorded(run, args), explained(run), callbacks.stopping_gently() as stop:
-        trainer = build_trainer(recipe, prepared, model, args, run, function, reporter, stop, card)
+        # Rotation must wait until the newest checkpoint is marked complete, so it is not left to the library.
+        keep, args.save_total_limit = args.save_total_limit, None
+        trainer = build_trainer(recipe, prepared, model, args, function, card)
+        for callback in (
+            callbacks.MetricsFile(run),
+            callbacks.Progress(reporter),
+            callbacks.StopOnSignal(stop),
+            callbacks.CheckpointMark(run, keep, trainer.progress_state),
+        ):
+            trainer.add_callback(callback)
         checkpoint = _checkpoint(run, trainer, reporter) if resume else None
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         outcome = _outcome(trainer, run, stop)
@@ -103,20 +112,10 @@ def train(
 
 
 def build_trainer(
-    recipe: Recipe,
-    prepared: Prepared,
-    model: Any,
-    args: DPOConfig,
-    run: RunFolder,
-    function: ConvexFunction,
-    reporter: Reporter,
-    stop: callbacks.StopSignal,
-    card: str,
+    recipe: Recipe, prepared: Prepared, model: Any, args: DPOConfig, function: ConvexFunction, card: str
 ) -> PreferenceTrainer:
-    """The method's trainer with its reference policy and callbacks."""
-    # Rotation of checkpoints must wait until the newest is marked complete, so it is done here, not by the library.
-    keep, args.save_total_limit = args.save_total_limit, None
-    trainer = GPOTrainer(
+    """The method's trainer with its reference policy."""
+    return GPOTrainer(
         settings=recipe.method,
         function=function,
         model=model,
@@ -127,11 +126,8 @@ def build_trainer(
         eval_dataset=prepared.tokens.eval,
         processing_class=prepared.tokenizer,
         peft_config=loading.new_adapter(prepared.source, recipe.adapter),
-        callbacks=[callbacks.MetricsFile(run), callbacks.Progress(reporter), callbacks.StopOnSignal(stop)],
         card=card,
     )
-    trainer.add_callback(callbacks.CheckpointMark(run, keep, trainer.progress_state))
-    return trainer
 
 
 def _method_function(

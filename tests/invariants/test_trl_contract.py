@@ -86,3 +86,18 @@ def test_batch_layout_is_trls() -> None:
     assert set(ours) == set(theirs)
     for name in theirs:
         assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_no_telemetry() -> None:
+    """TRL tells the hub of every trainer it makes; importing the training room turns that off."""
+    import os
+    import subprocess
+    import sys
+
+    from tests.cli.conftest import environment
+
+    clean = {name: value for name, value in environment().items() if not name.startswith("HF_")}
+    program = "import prefopt_cli.training.arguments, huggingface_hub.constants as c; print(c.HF_HUB_DISABLE_TELEMETRY)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=clean)
+    assert done.stdout.strip() == "True", done.stderr
+    assert "HF_HUB_DISABLE_TELEMETRY" in os.environ

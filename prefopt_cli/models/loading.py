@@ -3,7 +3,7 @@
 import contextlib
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     StrictDataclassError,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -89,12 +89,15 @@ def load_model(
             **({"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}),
             **_hub_arguments(source, settings),
         )
-    _require_all_weights(source.weights, loaded)
+    faulty = {
+        "are not": loaded["missing_keys"],
+        "have another shape": [key for key, *_ in loaded["mismatched_keys"]],
+    }
+    _require_all_weights(f"model {source.weights}", faulty)
     if source.adapter is None:
         return model
-    with _loading_errors(str(source.adapter)):
-        trains_adapter = isinstance(adapter, LoraAdapter)
-        with_adapter = PeftModel.from_pretrained(model, str(source.adapter), is_trainable=trains_adapter)
+    trains_adapter = isinstance(adapter, LoraAdapter)
+    with_adapter = _load_adapter(model, source.adapter, is_trainable=trains_adapter)
     if trains_adapter:
         return with_adapter
     # peft froze the weights under the adapter; merged, they are what is trained.
@@ -144,7 +147,9 @@ def on_meta_device(
     require_same_adapter(source, adapter)
     if source.adapter is not None:
         with torch.device("meta"), _loading_errors(str(source.adapter)):
-            return get_peft_model(model, LoraConfig.from_pretrained(str(source.adapter)))
+            config = LoraConfig.from_pretrained(str(source.adapter))
+            config.inference_mode = False  # as it was saved
+            return get_peft_model(model, config)
     return _with_new_adapter(model, adapter)
 
 
@@ -175,17 +180,27 @@ def _with_new_adapter(model: PreTrainedModel, adapter: LoraAdapter) -> PeftModel
     return adapted
 
 
-def _require_all_weights(name: str, loaded: dict[str, Any]) -> None:
-    """Refuse weights that do not fill the model: the library would fill the rest at random."""
-    faults = {
-        "are not in its weights": sorted(loaded["missing_keys"]),
-        "have another shape in its weights": sorted(key for key, *_ in loaded["mismatched_keys"]),
-    }
-    for fault, keys in faults.items():
-        if keys:
+def _load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool) -> PeftModel:
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"The adapter {folder} has no {weights.name}; pickled weights are not loaded.")
+    with _loading_errors(str(folder), "the adapter"):
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+        with safe_open(weights, "pt") as file:
+            saved = set(file.keys())
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    _require_all_weights(f"The adapter {folder}", {"are not": set(expected) - saved})
+    return adapted
+
+
+def _require_all_weights(what: str, faulty: Mapping[str, Iterable[str]]) -> None:
+    """Refuse weights that do not fill the model: the libraries would fill the rest at random."""
+    for fault, names in faulty.items():
+        listed = sorted(names)
+        if listed:
             raise UserError(
-                f"model {name} is incomplete: {len(keys)} of the parameters that its config.json describes {fault} "
-                f"({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''}). Both files must be of the same model."
+                f"{what} is incomplete: {len(listed)} of the parameters that its configuration describes {fault} in "
+                f"its weights ({', '.join(listed[:3])}{', ...' if len(listed) > 3 else ''}). Both must be of one model."
             )
 
 

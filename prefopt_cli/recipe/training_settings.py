@@ -14,7 +14,7 @@ from prefopt_cli.recipe.training_fields import TrainingField, training_fields
 _OTHER_LOSSES = "belongs to losses of TRL's own DPOTrainer; method gpo has no use for it"
 _FROZEN_REFERENCE = "the reference policy is frozen here"
 _DECIDED = "decided by prefopt, which makes the batches itself"
-_COMMANDS = "the command decides: `prefopt train`, `prefopt eval`"
+_COMMANDS = "`prefopt train` trains, and evaluates as training.eval_strategy says"
 _UPLOAD = "prefopt does not upload while it trains; afterwards run `hf upload REPO RUN/model`"
 
 GOVERNED: dict[str, str] = {
@@ -37,6 +37,7 @@ GOVERNED: dict[str, str] = {
     "padding_free": _DECIDED,
     "remove_unused_columns": _DECIDED,
     "label_names": _DECIDED,
+    "include_num_input_tokens_seen": "metrics.jsonl always has num_tokens, without padding",
     "include_for_metrics": "decided by prefopt, which computes the metrics itself",
     "batch_eval_metrics": "decided by prefopt, which computes the metrics itself",
     "use_liger_kernel": "prefopt computes the language-model head itself, which these kernels replace",
@@ -81,7 +82,6 @@ _REPORT: Any = Literal[REPORT_TO]
 TYPES: dict[str, Any] = {
     "log_level": _LOG_LEVEL,
     "log_level_replica": _LOG_LEVEL,
-    "include_num_input_tokens_seen": bool | Literal["all", "non_padding", "no"],
     "report_to": _REPORT | list[_REPORT] | None,
     "pad_to_multiple_of": int | Literal["auto"] | None,
     "fsdp": bool | str | None,

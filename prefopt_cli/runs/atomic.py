@@ -39,14 +39,18 @@ def write_json(path: Path, value: Any) -> None:
 def folder(path: Path) -> Iterator[Path]:
     """A new folder that takes the place of `path` when the block ends well, and is gone when it fails."""
     temporary = path.with_name(f".{path.name}.partial")
+    old = path.with_name(f".{path.name}.old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         sync(temporary)
         if path.exists():
-            shutil.rmtree(path)
+            # Deleting takes a while; until it is done, the old folder must not stand there in part.
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
         os.replace(temporary, path)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

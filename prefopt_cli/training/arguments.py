@@ -1,9 +1,10 @@
 """From a recipe's `training:` to TRL's `DPOConfig`."""
 
+from contextlib import suppress
 from typing import Any
 
 import torch
-from transformers import get_scheduler
+from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import ParallelMode
 from trl import DPOConfig
@@ -24,6 +25,12 @@ def training_arguments(recipe: Recipe, run: RunFolder, *, evaluates: bool) -> DP
     """
     given = recipe.training
     on_gpu = torch.cuda.is_available() and not given.get("use_cpu", False)
+    if (given.get("bf16") or given.get("fp16")) and not (on_gpu or given.get("use_cpu")):
+        half = "bf16" if given.get("bf16") else "fp16"
+        raise UserError(
+            f"training.{half}: this machine has no GPU to use it on. Set training.{half}=false to train here "
+            "(`prefopt check --device cuda` judges the recipe for a machine that has one)."
+        )
     defaults: dict[str, Any] = {
         "report_to": "none",
         "bf16": on_gpu and torch.cuda.is_bf16_supported() and not given.get("fp16", False),
@@ -41,7 +48,7 @@ def training_arguments(recipe: Recipe, run: RunFolder, *, evaluates: bool) -> DP
     }
     try:
         args = DPOConfig(**{**defaults, **given, **governed})
-        _try_schedule(args)
+        _try_optimizer(args)
     except (ValueError, TypeError, ImportError) as error:
         words = " ".join(str(error).split()).removeprefix("No package metadata was found for ")
         raise UserError(f"training: {words}") from error
@@ -50,8 +57,10 @@ def training_arguments(recipe: Recipe, run: RunFolder, *, evaluates: bool) -> DP
     return args
 
 
-def _try_schedule(args: DPOConfig) -> None:
-    """Make the learning-rate schedule once: its settings are otherwise judged only when training starts."""
+def _try_optimizer(args: DPOConfig) -> None:
+    """Judge now what the library judges only when training starts: the optimizer's package, the schedule's settings."""
+    with suppress(ValueError):  # some optimizers want to see the model, which is not there yet
+        Trainer.get_optimizer_cls_and_kwargs(args)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     get_scheduler(args.lr_scheduler_type, optimizer, 1, 2, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
 

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from prefopt_cli.models.memory import MemoryEstimate, Precision, estimate_memory
 from prefopt_cli.models.policy import describe_reference
@@ -17,6 +19,8 @@ from prefopt_cli.training.preparation import Prepared, extent, prepare, training
 from prefopt_cli.training.reporting import Reporter
 
 Device = Literal["cpu", "cuda"]
+Side = Literal["chosen", "rejected"]
+SIDES: tuple[Side, Side] = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,7 @@ class MaskedPair:
     """One side of a pair as the model sees it, token by token."""
 
     pair_id: str
-    side: Literal["chosen", "rejected"]
+    side: Side
     context: list[str]
     """Tokens that are only read."""
     trained: list[str]
@@ -102,18 +106,23 @@ def _output_notes(run: RunFolder) -> list[str]:
 
 
 def _masks(prepared: Prepared, count: int) -> list[MaskedPair]:
-    def pieces(ids: list[int]) -> list[str]:
-        return [
-            prepared.tokenizer.decode([token]) or prepared.tokenizer.convert_ids_to_tokens(token)
-            for token in ids
-        ]
-
     masks = []
     for row in prepared.tokens.train.select(range(min(count, len(prepared.tokens.train)))):
-        context = pieces(row["prompt_ids"])
-        masks.append(MaskedPair(row["pair_id"], "chosen", context, pieces(row["chosen_ids"])))
-        masks.append(MaskedPair(row["pair_id"], "rejected", context, pieces(row["rejected_ids"])))
+        prompt = row["prompt_ids"]
+        for side in SIDES:
+            pieces = _pieces(prepared.tokenizer, prompt + row[f"{side}_ids"])
+            masks.append(MaskedPair(row["pair_id"], side, pieces[: len(prompt)], pieces[len(prompt) :]))
     return masks
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Every token as the text that it adds to its predecessor: alone, some tokenizers drop its space."""
+    alone = [tokenizer.decode([token]) for token in ids]
+    pieces = alone[:1]
+    for before, (first, second) in zip(alone, pairwise(ids), strict=False):
+        added = tokenizer.decode([first, second]).removeprefix(before)
+        pieces.append(added or tokenizer.convert_ids_to_tokens(second))
+    return pieces
 
 
 def _memory(recipe: Recipe, prepared: Prepared, device: Device) -> MemoryEstimate:

@@ -38,6 +38,8 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         UserError: the model, the tokenizer or the data cannot be used as they are.
     """
     source = find_policy(recipe.model)
+    if not source.is_local:  # without a connection the hub's client takes its time to give up
+        reporter.message(f"Looking for {source.weights} in the hub's cache and on the hub.")
     config = loading.load_config(source, recipe.model)
     skeleton = loading.on_meta_device(source, recipe.model, recipe.adapter)
     tokenizer = loading.load_tokenizer(source, recipe.model)

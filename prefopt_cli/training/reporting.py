@@ -25,7 +25,7 @@ class Reporter(Protocol):
         """Nothing more will come."""
 
 
-class Silent:
+class Silent(Reporter):
     """A reporter that says nothing."""
 
     def message(self, text: str) -> None: ...

@@ -1,0 +1,260 @@
+"""`prefopt check`: what it says, and that it reads no weights."""
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.conftest import Prefopt, environment
+from tests.tiny import write_pairs
+from tests.training.conftest import LORA, RECIPE
+
+Check = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def recipe(tiny_world: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "my.yaml"
+    path.write_text(RECIPE.format(world=tiny_world, out=tmp_path / "run"))
+    return path
+
+
+@pytest.fixture
+def check(prefopt: Prefopt, recipe: Path) -> Check:
+    """`check("method.beta=1", "--pairs", "0")` -> the object that --json prints."""
+
+    def run(*arguments: str) -> dict[str, Any]:
+        result = prefopt("check", str(recipe), *arguments, "--json")
+        assert result.code == 0, result.err
+        assert result.err == ""
+        return json.loads(result.out)
+
+    return run
+
+
+def test_sections_in_their_order(prefopt: Prefopt, recipe: Path, tmp_path: Path) -> None:
+    result = prefopt("check", str(recipe))
+    assert result.code == 0
+    places = [
+        result.out.index(part)
+        for part in (
+            f"{recipe}: the recipe is sound.",
+            "pairs.jsonl (standard)",
+            "train: 96 pairs, 96 prompts",
+            "max_length: 256 tokens; longer rows: drop",
+            "What is trained (marked)",
+            "Loss: logistic: f'(0) = -0.5",
+            "Reference policy: a frozen copy of",
+            "Steps: 6 of 4 pairs per process.",
+            "are trained.",
+            "peak memory per process on cpu",
+            "LM head",
+        )
+    ]
+    assert places == sorted(places)
+    assert "\x1b[" not in result.out
+    assert result.err == ""
+    assert not (tmp_path / "run").exists()
+
+
+def test_json_holds_everything(check: Check) -> None:
+    found = check()
+    assert set(found) == {
+        "method", "reference", "receipt", "masks", "memory", "device", "pairs_per_step", "steps", "notes",
+    }  # fmt: skip
+    assert found["receipt"]["sets"]["train"]["rows"] == 96
+    assert found["receipt"]["sets"]["heldout"]["rows"] == 24
+    assert found["memory"]["total"] == sum(found["memory"]["parts"].values()) > 0
+    assert found["memory"]["parameters"] == found["memory"]["trainable_parameters"]
+    assert [mask["side"] for mask in found["masks"]] == ["chosen", "rejected"] * 2
+
+
+def test_the_mask_is_the_response_and_its_end(check: Check, tiny_world: Path) -> None:
+    rows = [json.loads(line) for line in (tiny_world / "pairs.jsonl").read_text().splitlines()]
+    found = check("dataset.shuffle=false")
+    for number, mask in enumerate(found["masks"]):
+        row = rows[number // 2]
+        assert "".join(mask["context"]) == "<s>" + row["prompt"]
+        assert "".join(mask["trained"]) == row[mask["side"]] + "</s>"
+
+
+def test_the_mask_in_plain_letters(prefopt: Prefopt, recipe: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "one.jsonl", [{"prompt": "a\nb", "chosen": " yes", "rejected": " " + "no " * 60}])
+    result = prefopt("check", str(recipe), f"dataset.train={tmp_path}/one.jsonl", "dataset.eval={}")
+    chosen, rejected = (line for line in result.out.splitlines() if "»" in line)
+    assert chosen.endswith("«")
+    before, trained = chosen.split("»")
+    assert before.endswith("<s>|a|\\n|b ")
+    assert trained.replace("|", "") == " yes</s>«"
+    assert re.search(r"\(\d+ more\)", rejected.split("»")[1])
+
+
+def _on_a_terminal(*arguments: str) -> str:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefopt_cli", *arguments],
+        stdout=follower,
+        stderr=follower,
+        env={**environment(), "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"},
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(leader, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait(60) == 0, shown.decode()
+    return shown.decode()
+
+
+def test_the_mask_in_colour(recipe: Path) -> None:
+    shown = _on_a_terminal("check", str(recipe), "--pairs", "1")
+    assert "»" not in shown
+    assert "\x1b[2m" in shown, "what is only read is dim"
+    assert "\x1b[1;32m" in shown, "chosen in green"
+    assert "\x1b[1;31m" in shown, "rejected in red"
+
+
+def test_no_pairs(prefopt: Prefopt, recipe: Path, check: Check) -> None:
+    assert check("--pairs", "0")["masks"] == []
+    assert "What is trained" not in prefopt("check", str(recipe), "--pairs", "0").out
+
+
+def test_more_pairs_than_there_are(check: Check) -> None:
+    assert len(check("--pairs", "500")["masks"]) == 2 * 96
+
+
+def test_a_cut_response_has_no_end_in_the_mask(check: Check, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "long.jsonl", [{"prompt": "a", "chosen": " tea" * 90, "rejected": " no"}])
+    found = check(
+        f"dataset.train={tmp_path}/long.jsonl",
+        "dataset.eval={}",
+        "dataset.max_length=32",
+        "dataset.on_overflow=truncate_response",
+        "training.eval_strategy=no",
+    )
+    chosen, rejected = found["masks"][:2]
+    assert len(chosen["context"]) + len(chosen["trained"]) == 32
+    assert chosen["trained"][-1] != "</s>"
+    assert rejected["trained"][-1] == "</s>"
+    (source,) = found["receipt"]["sets"]["train"]["sources"]
+    assert list(source["changed"].values()) == [1]
+
+
+def test_another_device_is_only_estimated(check: Check) -> None:
+    """The laptop on which a recipe is checked need not have the GPU on which it will run."""
+    found = check("--device", "cuda", "training.use_cpu=false")
+    assert found["device"] == "cuda"
+    assert found["memory"]["total"] > 0
+    assert check("--device", "cuda", "training.use_cpu=false", "training.tf32=true")["device"] == "cuda"
+
+
+def test_unknown_device(prefopt: Prefopt, recipe: Path) -> None:
+    result = prefopt("check", str(recipe), "--device", "tpu")
+    assert result.code == 2
+    assert "expected auto, cpu or cuda, found 'tpu'" in result.err
+
+
+def test_the_reference_of_every_kind_of_run(
+    prefopt: Prefopt, recipe: Path, check: Check, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    done = prefopt("train", str(recipe), LORA, f"output_dir={first}", "training.max_steps=1")
+    assert done.code == 0, done.err
+    again = f"model.name_or_path={first}"
+    assert re.fullmatch(r"a frozen copy of \S+/model", check()["reference"])
+    assert check(LORA)["reference"].endswith("computed with the new adapter switched off")
+    for adapter, ending in {
+        LORA: "a frozen copy of that adapter",
+        "adapter=none": "merged into the weights",
+    }.items():
+        reference = check(again, adapter)["reference"]
+        assert f"(run {first})" in reference
+        assert ending in reference
+    other = prefopt("check", str(recipe), again, "adapter={type: lora, r: 8}")
+    assert other.code == 2
+    assert "r is 4, not 8" in other.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "pairs"),
+    [
+        (["max_steps=7"], 7, 4),
+        (["max_steps=-1", "num_train_epochs=1"], 24, 4),
+        (["max_steps=-1", "num_train_epochs=2", "per_device_train_batch_size=36"], 6, 36),
+        (
+            [
+                "max_steps=-1",
+                "num_train_epochs=2",
+                "per_device_train_batch_size=36",
+                "dataloader_drop_last=true",
+            ],
+            4,
+            36,
+        ),
+        (["max_steps=-1", "num_train_epochs=1", "gradient_accumulation_steps=5"], 5, 20),
+        (["max_steps=-1", "num_train_epochs=0.5"], 12, 4),
+        (["max_steps=-1", "num_train_epochs=1", "gradient_accumulation_steps=99"], 1, 396),
+    ],
+)
+def test_steps_are_those_that_training_takes(
+    prefopt: Prefopt, recipe: Path, check: Check, fields: list[str], steps: int, pairs: int
+) -> None:
+    options = [f"training.{field}" for field in (*fields, "save_strategy=no", "eval_strategy=no")]
+    found = check(*options, "--pairs", "0")
+    assert (found["steps"], found["pairs_per_step"]) == (steps, pairs)
+    trained = json.loads(prefopt("train", str(recipe), *options, "--json").out)
+    assert trained["steps"] == steps
+
+
+def test_an_output_folder_that_holds_a_run_is_noted(prefopt: Prefopt, recipe: Path, check: Check) -> None:
+    assert check()["notes"] == []
+    assert prefopt("train", str(recipe), "training.max_steps=1").code == 0
+    (note,) = check()["notes"]
+    assert "already holds a run" in note
+    assert "--resume" in note
+    assert f"Note: {note}" in prefopt("check", str(recipe)).out
+
+
+def test_no_weights_are_read(check: Check, tiny_world: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny_world / "model", tmp_path / "hollow")
+    (model / "model.safetensors").unlink()
+    for adapter in ("adapter=none", LORA):
+        assert check(f"model.name_or_path={model}", adapter)["memory"]["total"] > 0
+
+
+def test_own_loss_is_probed(prefopt: Prefopt, recipe: Path, check: Check, tmp_path: Path) -> None:
+    (tmp_path / "checked_losses.py").write_text(
+        "def steep(z):\n    return (1 - z).clamp(min=0) ** 3\n\ndef wrong(z):\n    return z\n"
+    )
+    assert "f'(0) = -3" in check("method.loss=checked_losses:steep")["method"]
+    result = prefopt("check", str(recipe), "method.loss=checked_losses:wrong")
+    assert result.code == 2
+    assert "must be negative" in result.err
+    assert "not convex" in check("method.loss=savage")["method"]
+
+
+def test_a_gpu_recipe_on_a_laptop(prefopt: Prefopt, recipe: Path) -> None:
+    """What is meant for a GPU is not refused as if it were wrong; the message names both ways on."""
+    if torch.cuda.is_available():
+        return
+    here = prefopt("check", str(recipe), "training.use_cpu=false", "training.bf16=true")
+    assert here.code == 2
+    assert "training.bf16=false" in here.err
+    assert "--device cuda" in here.err
+    there = prefopt("check", str(recipe), "training.use_cpu=false", "training.bf16=true", "--device", "cuda")
+    assert there.code == 0
+    assert "peak memory per process on cuda" in there.out

@@ -1,0 +1,159 @@
+"""Every command in the documentation is a real one.
+
+In fenced ``bash`` blocks of README.md, CONTRIBUTING.md and docs/, each command that is prefopt's (also through
+``torchrun -m prefopt_cli``) must parse: its subcommand and options exist. The commands of one page are then run
+in their order, in one folder, where tiny stand-ins lie under the names of the hub's models and data. A recipe
+that no earlier command wrote is the starter; one whose data is not there (a shipped recipe on a file of yours)
+is only loaded. `make` targets must exist.
+"""
+
+import re
+import shlex
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import datasets
+import pytest
+import typer.main
+
+from prefopt_cli.cli.main import app
+from prefopt_cli.recipe import load_recipe
+from prefopt_cli.recipe.starter import starter_recipe
+from tests.cli.conftest import (
+    Prefopt,
+    prefopt,  # noqa: F401  (the fixture)
+)
+from tests.conftest import REPOSITORY
+from tests.tiny import pairs
+
+PAGES = [
+    REPOSITORY / "README.md",
+    REPOSITORY / "CONTRIBUTING.md",
+    *sorted((REPOSITORY / "docs").glob("*.md")),
+]
+FENCED = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B")
+DATA = "trl-lib/ultrafeedback_binarized"
+QUICK = ["training.max_steps=2", "training.gradient_accumulation_steps=1"]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One prefopt command of a page."""
+
+    arguments: list[str]
+    output: str | None
+    """The file that its standard output goes to."""
+    launched: bool
+    """Whether torchrun starts it."""
+
+    @property
+    def recipe(self) -> Path | None:
+        """The recipe that it reads."""
+        words = [word for word in self.arguments[1:] if not word.startswith("-")]
+        return Path(words[0]) if self.arguments[0] in ("check", "train") and words else None
+
+
+def _lines(page: Path) -> list[list[str]]:
+    """The words of every simple command, comments left out."""
+    lines = []
+    for block in FENCED.findall(page.read_text(encoding="utf-8")):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r"&&|;", line.removeprefix("$ ")):
+                words = shlex.split(part, comments=True)
+                if words:
+                    lines.append(words)
+    return lines
+
+
+def _commands(page: Path) -> list[Command]:
+    commands = []
+    for words in _lines(page):
+        if "|" in words:
+            words = words[: words.index("|")]
+        output = None
+        if ">" in words:
+            output = words[words.index(">") + 1]
+            words = words[: words.index(">")]
+        while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):  # VARIABLE=value in front
+            words = words[1:]
+        if words and words[0].rpartition("/")[2] == "prefopt":
+            commands.append(Command(words[1:], output, launched=False))
+        elif "prefopt_cli" in words:
+            commands.append(Command(words[words.index("prefopt_cli") + 1 :], output, launched=True))
+    return commands
+
+
+def _parse(arguments: list[str]) -> None:
+    """Fail as click does: no such command, no such option, an argument too many."""
+    command: click.Command = typer.main.get_command(app)
+    context = click.Context(command)
+    while isinstance(command, click.Group):
+        name, command, arguments = command.resolve_command(context, arguments)
+        assert command is not None, name
+    command.make_context(command.name, list(arguments))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path) -> None:
+    for command in _commands(page):
+        if any(word.startswith("-") for word in command.arguments[:1]):
+            continue  # prefopt --version, --help
+        _parse(command.arguments)
+
+
+def test_there_are_commands_to_judge() -> None:
+    """A change of the pages' style must not empty the tests."""
+    found = [command for page in PAGES if page.exists() for command in _commands(page)]
+    assert {command.arguments[0] for command in found} >= {"train", "check", "recipe"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_targets_of_make_exist(page: Path) -> None:
+    targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    wanted = {word for words in _lines(page) if words[0] == "make" for word in words[1:]}
+    assert wanted <= set(targets)
+
+
+@pytest.fixture
+def stand_ins(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a page: a folder of a hub id's name is taken before the hub is asked."""
+    for model in MODELS:
+        shutil.copytree(tiny_world / "model", tmp_path / model)
+    sets = {"train": pairs(12, seed=3), "test": pairs(4, seed=4)}
+    datasets.DatasetDict(
+        {name: datasets.Dataset.from_list(rows) for name, rows in sets.items()}
+    ).save_to_disk(tmp_path / DATA)
+    shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")
+    shutil.copytree(tiny_world, tmp_path / "build" / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def _data_is_there(recipe: Path, overrides: list[str]) -> bool:
+    loaded = load_recipe(recipe, overrides)
+    sources = [source.source for source in loaded.dataset.train]
+    sources += [source.source for each in loaded.dataset.eval.values() for source in each]
+    return all(Path(place).exists() for place in (*sources, loaded.model.name_or_path))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_run_in_their_order(page: Path, prefopt: Prefopt, stand_ins: Path) -> None:  # noqa: F811
+    for command in _commands(page):
+        arguments, recipe = list(command.arguments), command.recipe
+        if recipe:
+            if not recipe.exists():
+                recipe.write_text(starter_recipe("gpo"))
+            overrides = [word for word in arguments[2:] if "=" in word and not word.startswith("-")]
+            if command.launched or not _data_is_there(recipe, overrides):
+                continue  # it loads
+        if arguments[0] == "train":
+            arguments += QUICK
+            if "--resume" not in arguments and "--overwrite" not in arguments:
+                shutil.rmtree(load_recipe(recipe, overrides).output_dir, ignore_errors=True)
+        result = prefopt(*arguments)
+        assert result.code == 0, (arguments, result.err)
+        if command.output:
+            (stand_ins / command.output).write_text(result.out)

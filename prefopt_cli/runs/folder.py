@@ -9,9 +9,13 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.runs import atomic
@@ -126,8 +130,28 @@ class RunFolder:
         """
         self.require_free(overwrite=overwrite)
         if self.is_run():
-            shutil.rmtree(self.path)
+            with self.held():
+                shutil.rmtree(self.path)
         self.checkpoints.mkdir(parents=True)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from writing into the run within the block; a killed process lets go.
+
+        Raises:
+            UserError: another process is writing into it.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise UserError(
+                f"Another process is training in {self.path}. Wait for it, stop it, or choose another output_dir."
+            ) from error
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 def _nearest_existing(path: Path) -> Path:

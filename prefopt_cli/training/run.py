@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -82,9 +82,11 @@ def train(
         recipe, prepared.source, prepared.tokens.receipt.to_dict(), prepared.tokens.fingerprints, figures
     )
     card = model_card(recipe, dump_recipe(recipe), manifest)
-    if args.process_index == 0:
-        _open_folder(run, recipe, manifest, resume=resume, overwrite=overwrite)
-    with _recorded(run, args), explained(run), callbacks.stopping_gently() as stop:
+    main_process = args.process_index == 0
+    opened = (
+        _opened(run, recipe, manifest, resume=resume, overwrite=overwrite) if main_process else nullcontext()
+    )
+    with opened, explained(run), callbacks.stopping_gently() as stop:
         # Rotation must wait until the newest checkpoint is marked complete, so it is not left to the library.
         keep, args.save_total_limit = args.save_total_limit, None
         trainer = build_trainer(recipe, prepared, model, args, function, card)
@@ -100,14 +102,8 @@ def train(
         outcome = _outcome(trainer, run, stop)
         if outcome.status == "finished":
             export_policy(trainer, prepared.tokenizer, run, card)
-    if args.process_index == 0:
-        run.update_manifest(
-            status=outcome.status,
-            ended=now(),
-            step=outcome.step,
-            steps=outcome.total_steps,
-            metrics=outcome.metrics,
-        )
+        if main_process:
+            _record(run, outcome)
     return outcome
 
 
@@ -140,16 +136,38 @@ def _method_function(
     return function, asdict(found)
 
 
-def _open_folder(
+@contextmanager
+def _opened(
     run: RunFolder, recipe: Recipe, manifest: dict[str, Any], *, resume: bool, overwrite: bool
-) -> None:
-    if resume:
-        callbacks.remove_unfinished(run.checkpoints)
-        run.update_manifest(status="running", versions=manifest["versions"])
-    else:
+) -> Iterator[None]:
+    """The run's folder, held by this process; whatever happens in the block, the manifest says how it ended."""
+    if not resume:
         run.create(overwrite=overwrite)
-        atomic.write_json(run.manifest, manifest)
-    atomic.write_text(run.recipe, dump_recipe(recipe))
+    with run.held():
+        if resume:
+            callbacks.remove_unfinished(run.checkpoints)
+            run.update_manifest(status="running", versions=manifest["versions"])
+        else:
+            atomic.write_json(run.manifest, manifest)
+        atomic.write_text(run.recipe, dump_recipe(recipe))
+        try:
+            yield
+        except BaseException as error:
+            callbacks.remove_unfinished(run.checkpoints)
+            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            with suppress(OSError):  # the disk may be the very thing that is full
+                run.update_manifest(status=status, ended=now(), error=str(error)[:2000])
+            raise
+
+
+def _record(run: RunFolder, outcome: Outcome) -> None:
+    run.update_manifest(
+        status=outcome.status,
+        ended=now(),
+        step=outcome.step,
+        steps=outcome.total_steps,
+        metrics=outcome.metrics,
+    )
 
 
 def _checkpoint(run: RunFolder, trainer: PreferenceTrainer, reporter: Reporter) -> Path | None:
@@ -163,20 +181,6 @@ def _checkpoint(run: RunFolder, trainer: PreferenceTrainer, reporter: Reporter) 
     if trainer.is_world_process_zero():
         metrics.rewind(run.metrics, int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else -1)
     return checkpoint
-
-
-@contextmanager
-def _recorded(run: RunFolder, args: DPOConfig) -> Iterator[None]:
-    """Leave the manifest saying how the run ended, and no half-written checkpoint, whatever happens."""
-    try:
-        yield
-    except BaseException as error:
-        if args.process_index == 0:
-            callbacks.remove_unfinished(run.checkpoints)
-            status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-            with suppress(OSError):  # the disk may be the very thing that is full
-                run.update_manifest(status=status, ended=now(), error=str(error)[:2000])
-        raise
 
 
 def _outcome(trainer: PreferenceTrainer, run: RunFolder, stop: callbacks.StopSignal) -> Outcome:

@@ -1,12 +1,16 @@
 """The run folder answers for itself."""
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.runs.folder import CHECKPOINT_MARK, RunFolder
+from tests.cli.conftest import environment
 
 
 @pytest.fixture
@@ -97,3 +101,29 @@ def test_a_link_to_a_folder_is_a_folder(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     with pytest.raises(UserError, match="not a folder"):
         RunFolder(tmp_path / "link").require_writable()
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    run.update_manifest(status="running")
+    with run.held():
+        with pytest.raises(UserError, match="Another process"), RunFolder(run.path).held():
+            pass
+        with pytest.raises(UserError, match="Another process"):
+            RunFolder(run.path).create(overwrite=True)
+        assert run.is_run()
+    RunFolder(run.path).create(overwrite=True)
+
+
+def test_a_killed_process_lets_go(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.create()
+    program = (
+        "import os, signal, sys; from pathlib import Path; from prefopt_cli.runs.folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).held(): os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(run.path)], env=environment())
+    assert done.returncode == -signal.SIGKILL
+    with run.held():
+        pass

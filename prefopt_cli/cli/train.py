@@ -75,9 +75,13 @@ def train(
 
 def resume_command(recipe: str, overrides: list[str]) -> str:
     """The command line that goes on with a run."""
+    import os
     import shlex
 
-    return shlex.join(["prefopt", "train", recipe, *overrides, "--resume"])
+    # Under a launcher, each process sees how many there are.
+    launched = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "prefopt_cli"]
+    program = launched if os.environ.get("WORLD_SIZE", "1") != "1" else ["prefopt"]
+    return shlex.join([*program, "train", recipe, *overrides, "--resume"])
 
 
 def _exit_code(outcome: "Outcome") -> int:
@@ -102,6 +106,9 @@ def _print_finished(outcome: "Outcome") -> None:
     from prefopt_cli.cli.progress import figures
 
     console = standard_output()
-    console.print(f"Finished {outcome.step} steps. {figures(outcome.metrics)}", markup=False)
+    if outcome.trained:
+        console.print(f"Finished {outcome.step} steps. {figures(outcome.metrics)}", markup=False)
+    else:
+        console.print(f"Already finished ({outcome.step} steps): nothing to do.", markup=False)
     console.print(f"Policy: {outcome.run.model}", markup=False, soft_wrap=True)
     console.print(f"Run:    {outcome.run.path}", markup=False, soft_wrap=True)

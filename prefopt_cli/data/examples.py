@@ -13,6 +13,9 @@ from prefopt_cli.data.receipt import Receipt
 Message = dict[str, Any]
 """``{"role": ..., "content": ...}``, as chat templates take it."""
 
+HUMAN_TURN = "\n\nHuman:"
+"""Begins a person's turn in Anthropic's transcripts."""
+
 Text = str | list[Message]
 """Plain text, or a list of messages that goes through the tokenizer's chat template."""
 
@@ -44,6 +47,12 @@ class Pair:
     def is_chat(self) -> bool:
         """Whether the texts are message lists."""
         return not isinstance(self.prompt, str)
+
+    @property
+    def spans_turns(self) -> bool:
+        """Whether a response goes on beyond its turn, so that a person's words would be trained too."""
+        sides = (self.chosen, self.rejected)
+        return any(HUMAN_TURN in side if isinstance(side, str) else len(side) > 1 for side in sides)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ PROMPT_TOO_LONG = "prompt too long"
 TOO_LONG = "response too long"
 
 TRUNCATED = "response truncated"
+SPANS_TURNS = "response spans several turns"
 BOUNDARY = "boundary inside a token"
 TURN_IN_TEXT = "end-of-turn already in the text"
 TURN_INSIDE = "end-of-turn inside a response"

@@ -99,6 +99,8 @@ def _encode_set(
                 if encoded and fitted in (receipt.PROMPT_TOO_LONG, receipt.TOO_LONG):
                     overflows.append(f"{pair.row_id} ({_length(encoded)} tokens)")
                 continue
+            if pair.spans_turns:
+                tallies[pair.source].change(receipt.SPANS_TURNS, pair.row_id)
             for note in fitted.notes:
                 tallies[pair.source].change(note, pair.row_id)
             prompt, chosen, rejected = (

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.models.policy import PolicySource, require_same_adapter
+from prefopt_cli.models.policy import PolicySource, near_folder, require_same_adapter
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
 
 CHECKPOINT_DTYPE = "auto"
@@ -245,8 +245,8 @@ def _reason(name: str, error: BaseException) -> str:
         return "it has no weights in safetensors format. Convert them first; pickled weights are not loaded."
     if not Path(name).is_dir() and ("connect" in text or "offline" in text or "cached" in text):
         return (
-            "it is no folder here, is not in the hub cache, and the hub cannot be reached "
-            "(offline). Check the name, or download it with `hf download` while online."
+            f"it is no folder in {Path.cwd()}, is not in the hub cache, and the hub cannot be reached (offline)."
+            f"{near_folder(Path(name))} Check the name, or download it with `hf download` while online."
         )
     if "trust_remote_code" in text:
         return "it brings its own code. Read that code, then set model.trust_remote_code: true."

@@ -4,6 +4,7 @@ Nothing here loads weights or imports anything heavy.
 """
 
 import difflib
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 from prefopt_cli.errors import UserError
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
 from prefopt_cli.runs.folder import RunFolder
+
+SAMPLE = 2**20
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def find_policy(settings: ModelSettings) -> PolicySource:
     if path.exists():
         raise UserError(f"model.name_or_path: {name} is a file; name the folder that holds config.json.")
     if not _may_be_hub_id(name):
-        raise UserError(f"model.name_or_path: there is no folder {name}.{_near(path)}")
+        raise UserError(f"model.name_or_path: there is no folder {name} in {Path.cwd()}.{near_folder(path)}")
     return PolicySource(name)
 
 
@@ -104,14 +107,15 @@ def require_same_adapter(source: PolicySource, adapter: LoraAdapter) -> None:
     if source.adapter is None:
         return
     saved = read_adapter_config(source.adapter)
-    wanted = adapter.model_dump(include={"r", "lora_alpha", "use_dora", "use_rslora", "bias"})
-    if isinstance(adapter.target_modules, list):
-        wanted["target_modules"] = sorted(adapter.target_modules)
-        saved["target_modules"] = sorted(saved.get("target_modules") or [])
+    # What the recipe leaves out is as the adapter has it; peft saves all-linear as the names it stood for.
+    # Trained biases would stay behind in the reference, so `bias` counts even then.
+    wanted = adapter.model_dump(include=(adapter.model_fields_set | {"bias"}) - {"type", "init_lora_weights"})
+    if wanted.get("target_modules") == "all-linear":
+        del wanted["target_modules"]
     differing = [
-        f"{key} is {saved[key]}, not {value}"
+        f"{key} is {saved.get(key)}, not {value}"
         for key, value in wanted.items()
-        if saved.get(key, value) != value
+        if _unordered(saved.get(key)) != _unordered(value)
     ]
     if differing:
         raise UserError(
@@ -119,6 +123,31 @@ def require_same_adapter(source: PolicySource, adapter: LoraAdapter) -> None:
             f"the recipe describes another: {'; '.join(differing)}. Use its values, or `adapter: none` to merge it "
             "into the weights and train all of them."
         )
+
+
+def _unordered(value: Any) -> Any:
+    """Lists of names in any order, and nothing written as null or as an empty collection, are the same."""
+    return sorted(value, key=str) if isinstance(value, list) else value or None
+
+
+def fingerprint(source: PolicySource, commit: str | None) -> str:
+    """What tells the policy from one that later lies in the same place.
+
+    Of local weights and adapters, size and the first and last mebibyte of every file are hashed, which a
+    training run changes; of a hub model the commit is taken.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for folder in (Path(source.weights), source.adapter):
+        if folder is None or not folder.is_dir():
+            continue
+        for file in sorted(folder.glob("*.safetensors")):
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as opened:
+                digest.update(opened.read(SAMPLE))
+                opened.seek(max(size - SAMPLE, 0))
+                digest.update(opened.read(SAMPLE))
+    return digest.hexdigest() if source.is_local else f"{source.weights}@{commit} {digest.hexdigest()}"
 
 
 def describe_reference(source: PolicySource, adapter: LoraAdapter | str) -> str:
@@ -138,7 +167,8 @@ def _may_be_hub_id(name: str) -> bool:
     return name.count("/") <= 1 and not name.startswith(("/", ".", "~")) and not name.endswith("/")
 
 
-def _near(path: Path) -> str:
+def near_folder(path: Path) -> str:
+    """A sentence that suggests a folder of nearly this name, or nothing."""
     if not path.parent.is_dir():
         return ""
     near = difflib.get_close_matches(

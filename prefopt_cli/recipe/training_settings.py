@@ -15,6 +15,7 @@ _OTHER_LOSSES = "belongs to losses of TRL's own DPOTrainer; method gpo has no us
 _FROZEN_REFERENCE = "the reference policy is frozen here"
 _DECIDED = "decided by prefopt, which makes the batches itself"
 _COMMANDS = "`prefopt train` trains, and evaluates as training.eval_strategy says"
+_ENGINES = "sharded training is not available in this version; several processes train by DDP"
 _UPLOAD = "prefopt does not upload while it trains; afterwards run `hf upload REPO RUN/model`"
 
 GOVERNED: dict[str, str] = {
@@ -53,6 +54,9 @@ GOVERNED: dict[str, str] = {
     "do_predict": _COMMANDS,
     "push_to_hub": _UPLOAD,
     "disable_tqdm": "prefopt shows its own progress",
+    "fsdp": _ENGINES,
+    "fsdp_config": _ENGINES,
+    "deepspeed": _ENGINES,
     "local_rank": "the launcher sets it",
     "parallelism_config": "a Python object, which YAML cannot express",
 }
@@ -84,10 +88,9 @@ TYPES: dict[str, Any] = {
     "log_level_replica": _LOG_LEVEL,
     "report_to": _REPORT | list[_REPORT] | None,
     "pad_to_multiple_of": int | Literal["auto"] | None,
-    "fsdp": bool | str | None,
     "train_sampling_strategy": Literal["random", "sequential"],
 }
-"""Types narrower (or, for fsdp, truer) than the annotation: values that fail only deep inside a run."""
+"""Types narrower than the annotation: values that fail only deep inside a run."""
 
 _POSITIVE_INT = Field(ge=1)
 _POSITIVE = Field(gt=0)

@@ -7,7 +7,6 @@
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,9 +68,11 @@ class RunFolder:
         return manifest
 
     def update_manifest(self, **changes: Any) -> None:
-        """Set top-level entries of the manifest, atomically."""
-        current = self.read_manifest() if self.is_run() else {}
-        atomic.write_json(self.manifest, {**current, **changes})
+        """Set top-level entries of the manifest, atomically; None removes one."""
+        changed = {**self.read_manifest(), **changes}
+        atomic.write_json(
+            self.manifest, {name: value for name, value in changed.items() if value is not None}
+        )
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
@@ -122,26 +123,32 @@ class RunFolder:
                 "--overwrite, or choose another output_dir."
             )
 
-    def create(self, *, overwrite: bool = False) -> None:
-        """Make the folder; with `overwrite`, delete the run that is there first.
+    def create(self, manifest: dict[str, Any], recipe: str, *, overwrite: bool = False) -> None:
+        """Make the folder with its manifest and recipe in one go; with `overwrite`, in place of the run there.
 
         Raises:
             UserError: see `require_free`.
+            OSError: the disk is full; what was there before still is.
         """
         self.require_free(overwrite=overwrite)
-        if self.is_run():
-            with self.held():
-                shutil.rmtree(self.path)
-        self.checkpoints.mkdir(parents=True)
+        with atomic.folder(self.path.resolve()) as made:
+            (made / self.checkpoints.name).mkdir()
+            atomic.write_text(made / self.recipe.name, recipe)
+            atomic.write_json(made / self.manifest.name, manifest)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes from writing into the run within the block; a killed process lets go.
+        """Keep other processes from making or changing the run within the block; a killed process lets go.
+
+        The lock lies beside the folder, because the folder itself may be replaced.
 
         Raises:
-            UserError: another process is writing into it.
+            UserError: another process is at it.
         """
-        lock = FileLock(self.path / ".lock")
+        path = self.path.resolve()  # a link to a larger disk stays one
+        beside = path.with_name(f".{path.name}.lock")
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(beside)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -151,6 +158,7 @@ class RunFolder:
         try:
             yield
         finally:
+            beside.unlink(missing_ok=True)
             lock.release()
 
 

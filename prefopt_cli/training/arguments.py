@@ -1,12 +1,12 @@
 """From a recipe's `training:` to TRL's `DPOConfig`."""
 
+import os
 from contextlib import suppress
 from typing import Any
 
 import torch
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
-from transformers.training_args import ParallelMode
 from trl import DPOConfig
 
 from prefopt_cli.errors import UserError
@@ -79,8 +79,12 @@ def _require_devices(args: DPOConfig) -> None:
     """Refuse what needs other devices than this process sees."""
     if args.activation_offloading and args.device.type == "cpu":
         raise UserError("training.activation_offloading: needs a GPU; set it to false.")
-    if args.fsdp and args.parallel_mode is not ParallelMode.DISTRIBUTED:
-        raise UserError("training.fsdp: needs several processes; start them with torchrun, or leave it out.")
+    for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
+        if os.environ.get(variable, "false").lower() == "true":
+            raise UserError(
+                f"The launcher asks for {engine}, which is not available in this version. Use torchrun, or an "
+                "accelerate configuration with distributed_type: MULTI_GPU (or MULTI_CPU)."
+            )
     if args.n_gpu > 1:
         raise UserError(
             f"{args.n_gpu} GPUs are visible to one process, which can use one. Name it, as in "

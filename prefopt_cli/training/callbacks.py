@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
 from prefopt_cli.runs import atomic, metrics
 from prefopt_cli.runs.folder import CHECKPOINT_MARK, RunFolder
@@ -126,7 +126,6 @@ class CheckpointMark(TrainerCallback):
             output_dir=str(self._run.checkpoints),
             save_total_limit=self._keep,
             best_model_checkpoint=state.best_model_checkpoint,
-            use_mtime=True,
         )
 
 
@@ -136,28 +135,48 @@ class StopSignal:
     received: int | None = None
 
 
-class StopOnSignal(TrainerCallback):
-    """After the step in which a signal came: save, then stop."""
+class Stopping(TrainerCallback):
+    """After the step or evaluation in which a signal came: save, then stop.
+
+    It also sees to it that a checkpoint at the end of an epoch holds that epoch's evaluation, so that a run
+    that goes on from it has lost nothing: the library saves first and evaluates then.
+    """
 
     def __init__(self, stop: StopSignal) -> None:
         self._stop = stop
         self._stopping = False
+        self._save_after_evaluation = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Ask the trainer to save and stop; all processes stop at the same step."""
-        if self._asked(args.device):
-            self._stopping = True
-            control.should_save = True
-            control.should_training_stop = True
+        self._obey(args, control)
+        ends = _ends_epoch(state)
+        self._save_after_evaluation = ends and control.should_save and _evaluates_epochs(args)
+        if self._save_after_evaluation and not self._stopping:
+            control.should_save = False
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A signal during an evaluation is obeyed as soon as that is done."""
+        self._obey(args, control)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """The loop is left through here too; an epoch that was cut short is not evaluated."""
-        if self._stopping:
+        if self._stopping and not _ends_epoch(state):
             control.should_log = control.should_evaluate = control.should_save = False
+        elif self._save_after_evaluation:
+            control.should_save = True
+
+    def _obey(self, args: TrainingArguments, control: TrainerControl) -> None:
+        if self._asked(args.device):
+            self._stopping = True
+            control.should_save = True
+            control.should_training_stop = True
 
     def _asked(self, device: torch.device) -> bool:
         asked = self._stop.received is not None
@@ -168,9 +187,32 @@ class StopOnSignal(TrainerCallback):
         return bool(flag)
 
 
+def _ends_epoch(state: TrainerState) -> bool:
+    """Whether the library evaluates after this step: at the end of an epoch, and of the run."""
+    return state.global_step >= state.max_steps or float(state.epoch or 0.0).is_integer()
+
+
+def _evaluates_epochs(args: TrainingArguments) -> bool:
+    return args.eval_strategy == IntervalStrategy.EPOCH
+
+
+class AlreadyTrained(Exception):
+    """Raised once the weights of a checkpoint are in place and nothing is left to train."""
+
+
+class OnlyLoad(TrainerCallback):
+    """Leaves training as soon as the checkpoint is loaded; the library would take one more step."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Raise `AlreadyTrained`."""
+        raise AlreadyTrained
+
+
 @contextlib.contextmanager
 def stopping_gently() -> Iterator[StopSignal]:
-    """Ctrl-C or SIGTERM within the block lets the step end; a second one stops at once.
+    """Ctrl-C or SIGTERM within the block lets the step or evaluation end; a second one stops at once.
 
     Raises:
         KeyboardInterrupt: the signal came twice.
@@ -186,7 +228,9 @@ def stopping_gently() -> Iterator[StopSignal]:
         stop.received = number
         # Drawing is not safe inside a signal handler; writing to the descriptor is.
         with contextlib.suppress(OSError):
-            os.write(2, b"\nStopping after this step; once more to stop at once.\n")
+            os.write(
+                2, b"\nStopping as soon as this step or evaluation is done; once more to stop at once.\n"
+            )
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -7,10 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefopt_cli.runs import atomic
 from prefopt_cli.runs.folder import RunFolder
-from prefopt_cli.training.trainer import PreferenceTrainer
-
-TRAINED_ADAPTER = "default"
-"""peft's name of the adapter that is trained; a frozen copy may stand beside it as the reference."""
+from prefopt_cli.training.trainer import TRAINED_ADAPTER, PreferenceTrainer
 
 
 def export_policy(

@@ -5,10 +5,11 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from prefopt_cli.models.policy import PolicySource, describe_reference
+from prefopt_cli.models.policy import describe_reference, fingerprint
 from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs import environment
 from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.training.preparation import Prepared
 
 MANIFEST_FORMAT = 1
 
@@ -19,20 +20,16 @@ def now() -> str:
 
 
 def first_manifest(
-    recipe: Recipe,
-    source: PolicySource,
-    receipt: dict[str, Any],
-    fingerprints: dict[str, str],
-    f: dict[str, Any],
+    recipe: Recipe, prepared: Prepared, *, f: dict[str, Any], recipe_folder: Path, processes: int
 ) -> dict[str, Any]:
     """The manifest of a run that is about to start.
 
     Args:
         recipe: the resolved recipe.
-        source: the starting policy.
-        receipt: what became of the data's rows.
-        fingerprints: content hash of every tokenised set.
+        prepared: policy and data.
         f: figures of the method's function, as probed.
+        recipe_folder: where the recipe lies; a user's own f is looked for there again on resume.
+        processes: how many train together.
     """
     return {
         "format": MANIFEST_FORMAT,
@@ -42,19 +39,23 @@ def first_manifest(
         "versions": environment.versions(),
         "machine": environment.machine(),
         "git": environment.git_revision(Path.cwd()),
+        "recipe_folder": str(recipe_folder.resolve()),
+        "processes": processes,
         "seeds": {"training": recipe.training.get("seed", 42), "dataset": recipe.dataset.seed},
-        "lineage": _lineage(recipe, source),
+        "lineage": _lineage(recipe, prepared),
         "method": {**recipe.method.model_dump(), "f": f},
-        "data": fingerprints,
-        "receipt": receipt,
+        "data": prepared.tokens.fingerprints,
+        "receipt": prepared.tokens.receipt.to_dict(),
     }
 
 
-def _lineage(recipe: Recipe, source: PolicySource) -> dict[str, Any]:
+def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
+    source = prepared.source
     lineage: dict[str, Any] = {
         "policy": source.describe(),
         "weights": source.weights,
         "adapter": str(source.adapter) if source.adapter else None,
+        "fingerprint": fingerprint(source, getattr(prepared.config, "_commit_hash", None)),
         "reference": describe_reference(source, recipe.adapter),
         "ancestors": [],
     }

@@ -2,6 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.recipe import diff_recipes, load_recipe
@@ -43,19 +47,43 @@ def require_resumable(run: RunFolder, recipe: Recipe) -> None:
         )
 
 
-def require_same_data(run: RunFolder, fingerprints: dict[str, str]) -> None:
-    """Refuse to go on when the data is no longer what the run began with.
+def require_same_start(run: RunFolder, manifest: dict[str, Any]) -> None:
+    """Refuse to go on when something that the run began with is another now.
+
+    Args:
+        run: the run to go on with.
+        manifest: the manifest that a new run would begin with here and now.
 
     Raises:
-        UserError: the tokenised data of a set differs.
+        UserError: the data, the starting policy, the user's own f or the number of processes differs.
     """
-    before = run.read_manifest().get("data", {})
-    changed = sorted(name for name in {*before, *fingerprints} if before.get(name) != fingerprints.get(name))
+    before = run.read_manifest()
+    where = f"the run in {run.path} began"
+    remedy = "Restore it, or start a new run in another output_dir."
+    data, data_before = manifest["data"], before.get("data", {})
+    changed = sorted(name for name in {*data_before, *data} if data_before.get(name) != data.get(name))
     if changed:
         raise UserError(
-            f"The data of {', '.join(changed)} has changed since the run in {run.path} began (or the tokenizer "
-            "has), so the run cannot be resumed. Restore it, or start a new run in another output_dir."
+            f"The data of {', '.join(changed)} has changed since {where} (or the tokenizer has). {remedy}"
         )
+    if manifest["lineage"]["fingerprint"] != before["lineage"]["fingerprint"]:
+        raise UserError(
+            f"The policy {manifest['lineage']['policy']} has changed since {where} from it, and with it the "
+            f"reference. {remedy}"
+        )
+    if manifest["method"]["f"] != before["method"]["f"]:
+        raise UserError(f"The function {manifest['method']['loss']} has changed since {where}. {remedy}")
+    if manifest["processes"] != before["processes"]:
+        raise UserError(
+            f"{manifest['processes']} process(es) cannot go on with what {before['processes']} began: the batches and "
+            f"their order would differ. Start {before['processes']}."
+        )
+
+
+def finished_steps(checkpoint: Path) -> TrainerState | None:
+    """The trainer's state at a checkpoint of the last step, None where steps are left to train."""
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    return state if state.global_step >= state.max_steps else None
 
 
 def restore_progress(trainer: PreferenceTrainer, checkpoint: Path) -> None:

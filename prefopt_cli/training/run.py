@@ -7,11 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import TrainerState
 from trl import DPOConfig
 
+from prefopt_cli.errors import UserError
 from prefopt_cli.losses.gpo import ConvexFunction
 from prefopt_cli.models import loading
-from prefopt_cli.models.policy import describe_reference
+from prefopt_cli.models.policy import PolicySource, describe_reference
 from prefopt_cli.recipe import dump_recipe
 from prefopt_cli.recipe.schema import LoraAdapter, Recipe
 from prefopt_cli.runs import atomic, metrics
@@ -26,8 +28,13 @@ from prefopt_cli.training.gpo import GPOTrainer
 from prefopt_cli.training.preparation import Prepared, prepare
 from prefopt_cli.training.record import first_manifest, now
 from prefopt_cli.training.reporting import Reporter
-from prefopt_cli.training.resume import require_resumable, require_same_data, restore_progress
-from prefopt_cli.training.trainer import PreferenceTrainer
+from prefopt_cli.training.resume import (
+    finished_steps,
+    require_resumable,
+    require_same_start,
+    restore_progress,
+)
+from prefopt_cli.training.trainer import RUN_SUMMARY, PreferenceTrainer
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Outcome:
     """The signal that interrupted it."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The last logged figures of training and of every eval set."""
+    trained: bool = True
+    """False where the run had been finished before, so that nothing was left to do."""
 
 
 def train(
@@ -67,39 +76,42 @@ def train(
     run.require_writable()
     if resume:
         require_resumable(run, recipe)
-        if run.read_manifest()["status"] == "finished":
-            return _already_finished(run)
+        before = run.read_manifest()
+        if before["status"] == "finished" and run.model.is_dir():
+            return _already_finished(run, before)
+        recipe_folder = Path(before["recipe_folder"])
     else:
         run.require_free(overwrite=overwrite)
     function, figures = _method_function(recipe, recipe_folder, reporter)
     prepared = prepare(recipe, reporter)
-    if resume:
-        require_same_data(run, prepared.tokens.fingerprints)
+    _require_elsewhere(run, recipe, prepared.source)
     args = training_arguments(recipe, run, evaluates=bool(prepared.tokens.eval))
+    manifest = first_manifest(
+        recipe, prepared, f=figures, recipe_folder=recipe_folder, processes=args.world_size
+    )
+    if resume:
+        require_same_start(run, manifest)
+        manifest = {**run.read_manifest(), "versions": manifest["versions"]}
     model = loading.load_model(prepared.source, recipe.model, recipe.adapter)
     reporter.message(f"Reference policy: {describe_reference(prepared.source, recipe.adapter)}.")
-    manifest = first_manifest(
-        recipe, prepared.source, prepared.tokens.receipt.to_dict(), prepared.tokens.fingerprints, figures
-    )
-    card = model_card(recipe, dump_recipe(recipe), manifest)
     main_process = args.process_index == 0
     opened = (
         _opened(run, recipe, manifest, resume=resume, overwrite=overwrite) if main_process else nullcontext()
     )
-    with opened, explained(run), callbacks.stopping_gently() as stop:
+    with explained(run), opened, callbacks.stopping_gently() as stop:
         # Rotation must wait until the newest checkpoint is marked complete, so it is not left to the library.
         keep, args.save_total_limit = args.save_total_limit, None
+        card = model_card(recipe, dump_recipe(recipe), manifest)
         trainer = build_trainer(recipe, prepared, model, args, function, card)
         for callback in (
             callbacks.MetricsFile(run),
             callbacks.Progress(reporter),
-            callbacks.StopOnSignal(stop),
+            callbacks.Stopping(stop),
             callbacks.CheckpointMark(run, keep, trainer.progress_state),
         ):
             trainer.add_callback(callback)
         checkpoint = _checkpoint(run, trainer, reporter) if resume else None
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        outcome = _outcome(trainer, run, stop)
+        outcome = _outcome(_train(trainer, run, checkpoint), run, stop)
         if outcome.status == "finished":
             export_policy(trainer, prepared.tokenizer, run, card)
         if main_process:
@@ -126,6 +138,32 @@ def build_trainer(
     )
 
 
+def _train(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Path | None) -> TrainerState:
+    """Train what is left to train; returns the state at the end."""
+    finished = finished_steps(checkpoint) if checkpoint else None
+    if finished is None:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        return trainer.state
+    best = finished.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+    trainer.add_callback(callbacks.OnlyLoad())
+    with suppress(callbacks.AlreadyTrained):
+        # The path was written down where the run lay then; it may have been moved.
+        trainer.train(resume_from_checkpoint=str(run.checkpoints / Path(best).name if best else checkpoint))
+    return finished
+
+
+def _require_elsewhere(run: RunFolder, recipe: Recipe, source: PolicySource) -> None:
+    """Refuse to write over what the run reads."""
+    sets = [recipe.dataset.train, *recipe.dataset.eval.values()]
+    read = [source.weights, source.adapter, recipe.model.chat_template]
+    read += [each.source for sources in sets for each in sources]
+    for place in read:
+        if place and Path(place).expanduser().resolve().is_relative_to(run.path.resolve()):
+            raise UserError(
+                f"output_dir {run.path} holds {place}, which the run reads. Choose another output_dir."
+            )
+
+
 def _method_function(
     recipe: Recipe, folder: Path, reporter: Reporter
 ) -> tuple[ConvexFunction, dict[str, Any]]:
@@ -133,7 +171,9 @@ def _method_function(
     function = find_function(loss, folder)
     found = require_usable(loss, function)
     reporter.message(describe_probe(loss, found))
-    return function, asdict(found)
+    figures = asdict(found)
+    del figures["problems"]  # there are none, or it would not be usable
+    return function, figures
 
 
 @contextmanager
@@ -141,15 +181,13 @@ def _opened(
     run: RunFolder, recipe: Recipe, manifest: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> Iterator[None]:
     """The run's folder, held by this process; whatever happens in the block, the manifest says how it ended."""
-    if not resume:
-        run.create(overwrite=overwrite)
     with run.held():
         if resume:
             callbacks.remove_unfinished(run.checkpoints)
-            run.update_manifest(status="running", versions=manifest["versions"])
+            run.update_manifest(status="running", versions=manifest["versions"], ended=None, error=None)
+            atomic.write_text(run.recipe, dump_recipe(recipe))
         else:
-            atomic.write_json(run.manifest, manifest)
-        atomic.write_text(run.recipe, dump_recipe(recipe))
+            run.create(manifest, dump_recipe(recipe), overwrite=overwrite)
         try:
             yield
         except BaseException as error:
@@ -183,8 +221,7 @@ def _checkpoint(run: RunFolder, trainer: PreferenceTrainer, reporter: Reporter) 
     return checkpoint
 
 
-def _outcome(trainer: PreferenceTrainer, run: RunFolder, stop: callbacks.StopSignal) -> Outcome:
-    state = trainer.state
+def _outcome(state: TrainerState, run: RunFolder, stop: callbacks.StopSignal) -> Outcome:
     stopped = stop.received is not None and state.global_step < state.max_steps
     return Outcome(
         run=run,
@@ -197,15 +234,15 @@ def _outcome(trainer: PreferenceTrainer, run: RunFolder, stop: callbacks.StopSig
 
 
 def _last_figures(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest value of every logged figure."""
+    """The newest value of every logged figure; the closing summary tells of one session only."""
     figures: dict[str, Any] = {}
     for record in history:
-        figures.update(record)
+        if RUN_SUMMARY not in record:
+            figures.update(record)
     return figures
 
 
-def _already_finished(run: RunFolder) -> Outcome:
-    manifest = run.read_manifest()
+def _already_finished(run: RunFolder, manifest: dict[str, Any]) -> Outcome:
     return Outcome(
-        run, "finished", manifest.get("step", 0), manifest.get("steps", 0), None, manifest["metrics"]
+        run, "finished", manifest["step"], manifest["steps"], metrics=manifest["metrics"], trained=False
     )

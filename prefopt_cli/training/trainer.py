@@ -1,8 +1,8 @@
 """What all methods share: a `DPOTrainer` that takes tokenised pairs and reports exactly.
 
-TRL's internals are touched in two places, both here and both guarded by
-`tests/invariants/test_trl_contract.py`: `_prepare_dataset` (the data is tokenised already) and the fused
-head (`prefopt_cli.scoring.forward`).
+TRL's internals are touched in three places, guarded by `tests/invariants/test_trl_contract.py`:
+`_prepare_dataset` here (the data is tokenised already), the fused head in `prefopt_cli.scoring.forward` and in
+`prefopt_cli.models.memory_step`. Besides, `prefopt_cli.recipe.training_fields` reads the source of its settings.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -23,6 +23,9 @@ from prefopt_cli.training.guard import FiniteGuard
 from prefopt_cli.training.metrics import EvalMeans, TrainMeans
 
 REFERENCE_INPUTS = ("input_ids", "attention_mask", "completion_mask")
+
+TRAINED_ADAPTER = "default"
+"""peft's name of the adapter that is trained; a frozen copy may stand beside it as the reference."""
 
 RUN_SUMMARY = "train_runtime"
 """The record that the library logs once, when training ends, holds this figure."""
@@ -79,6 +82,7 @@ class PreferenceTrainer(DPOTrainer):
             callbacks=[*(callbacks or []), self.guard],
         )
         self.remove_callback(PrinterCallback)
+        _restore_adapter_dropout(self.model)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """The data room has decided all boundaries; TRL must not tokenise again."""
@@ -86,9 +90,14 @@ class PreferenceTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Reference log-probabilities (B,) of the chosen and the rejected responses."""
-        chosen, rejected = super().compute_ref_log_probs(
-            model, {name: inputs[name] for name in REFERENCE_INPUTS}
-        )
+        training = model.training
+        model.eval()  # the policy and its reference may be one model, and only the policy drops out
+        try:
+            chosen, rejected = super().compute_ref_log_probs(
+                model, {name: inputs[name] for name in REFERENCE_INPUTS}
+            )
+        finally:
+            model.train(training)
         return chosen, rejected
 
     def score_pairs(
@@ -193,6 +202,16 @@ def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> PairMetr
         "rewards/accuracies": ((chosen_rewards > rejected_rewards).float(), ones),
         "rewards/margins": (chosen_rewards - rejected_rewards, ones),
     }
+
+
+def _restore_adapter_dropout(model: nn.Module) -> None:
+    """``disable_dropout`` is about the model; TRL takes the adapter's dropout with it, which was asked for by name."""
+    if not isinstance(model, PeftModel):
+        return
+    for name, module in model.named_modules():
+        parent, _, adapter = name.rpartition(".")
+        if parent.endswith("lora_dropout") and adapter == TRAINED_ADAPTER and isinstance(module, nn.Dropout):
+            module.p = model.peft_config[adapter].lora_dropout
 
 
 def _numbered(dataset: Dataset) -> Dataset:

@@ -150,8 +150,8 @@ def test_the_best_model_needs_a_metric_that_exists(prefopt: Prefopt, recipe: Pat
 LIBRARY_REFUSALS = [
     ("report_to=comet_ml", ["report_to", "pip install comet_ml", "none"]),
     ("report_to=[tensorboard, swanlab]", ["report_to", "pip install swanlab"]),
-    ("deepspeed=ds.json", ["training", "deepspeed"]),
-    ("fsdp=full_shard", ["training.fsdp", "torchrun"]),
+    ("deepspeed=ds.json", ["training.deepspeed", "sharded training is not available"]),
+    ("fsdp=full_shard", ["training.fsdp", "sharded training is not available"]),
     ("optim=galore_adamw", ["galore_torch"]),
     ("activation_offloading=true", ["activation_offloading", "GPU"]),
     ("lr_scheduler_type=cosine_with_min_lr", ["min_lr", "lr_scheduler_kwargs"]),

@@ -59,7 +59,7 @@ def test_finished_run_can_be_asked_to_resume(prefopt: Prefopt, recipe: Path) -> 
     prefopt("train", str(recipe), "training.max_steps=2")
     again = prefopt("train", str(recipe), "training.max_steps=2", "--resume")
     assert again.code == 0
-    assert "Finished 2 steps" in again.out
+    assert "Already finished (2 steps): nothing to do." in again.out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -137,6 +137,20 @@ sys.argv = ["prefopt", *sys.argv[1:]]
 from prefopt_cli.cli.main import main
 main()
 """
+
+
+def test_disk_that_is_full_from_the_start(recipe: Path, tmp_path: Path) -> None:
+    assert in_a_process("check", str(recipe)).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED.format(limit=1_000), "train", str(recipe)],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "No space left" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my.yaml"]
 
 
 def test_full_disk(recipe: Path, tmp_path: Path) -> None:

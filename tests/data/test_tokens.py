@@ -247,3 +247,13 @@ def test_plain_and_chat_sources_in_one_set(tmp_path: Path) -> None:
     assert tokens.eval["chats"][0]["chosen_ids"] == tokens.train[1]["chosen_ids"]
     assert tokens.receipt.sets["chats"].leaked_prompts == 1
     assert set(tokens.fingerprints) == {"train", "chats"}
+
+
+def test_responses_that_run_into_further_turns_are_counted(tmp_path: Path) -> None:
+    """Dialogues that part before their last turn: what the person says next would be trained too."""
+    start = "\n\nHuman: Hi\n\nAssistant:"
+    rows = [
+        {"chosen": f"{start} A.\n\nHuman: B\n\nAssistant: C", "rejected": f"{start} D."},
+        {"chosen": f"{start} One.", "rejected": f"{start} Two."},
+    ]
+    assert _record(_tokenize(tmp_path, rows, tokenizer())).changed == {receipt.SPANS_TURNS: 1}

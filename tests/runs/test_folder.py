@@ -16,8 +16,7 @@ from tests.cli.conftest import environment
 @pytest.fixture
 def run(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "runs" / "mine")
-    folder.create()
-    folder.update_manifest(status="running")
+    folder.create({"status": "running"}, "")
     return folder
 
 
@@ -46,23 +45,23 @@ def test_a_damaged_manifest(run: RunFolder, content: bytes) -> None:
 def test_a_run_is_replaced_only_when_asked(run: RunFolder) -> None:
     run.model.mkdir()
     with pytest.raises(UserError, match="--overwrite"):
-        run.create()
+        run.create({}, "")
     assert run.model.is_dir()
-    run.create(overwrite=True)
+    run.create({}, "", overwrite=True)
     assert not run.model.exists()
-    assert not run.is_run()
+    assert run.read_manifest() == {}
 
 
 def test_what_is_not_a_run_is_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "chapter1.tex").write_text("years of work")
     for overwrite in (False, True):
         with pytest.raises(UserError, match="never deleted"):
-            RunFolder(tmp_path).create(overwrite=overwrite)
+            RunFolder(tmp_path).create({}, "", overwrite=overwrite)
     assert (tmp_path / "chapter1.tex").exists()
 
 
 def test_an_empty_folder_is_free(tmp_path: Path) -> None:
-    RunFolder(tmp_path).create()
+    RunFolder(tmp_path).create({}, "")
     assert (tmp_path / "checkpoints").is_dir()
 
 
@@ -105,20 +104,25 @@ def test_a_link_to_a_folder_is_a_folder(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    run.create()
-    run.update_manifest(status="running")
-    with run.held():
-        with pytest.raises(UserError, match="Another process"), RunFolder(run.path).held():
-            pass
-        with pytest.raises(UserError, match="Another process"):
-            RunFolder(run.path).create(overwrite=True)
-        assert run.is_run()
-    RunFolder(run.path).create(overwrite=True)
+    run.create({"status": "running"}, "")
+    with run.held(), pytest.raises(UserError, match="Another process"), RunFolder(run.path).held():
+        pass
+    with RunFolder(run.path).held():
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_link_to_another_disk_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "large_disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "large_disk")
+    RunFolder(tmp_path / "run").create({"status": "running"}, "")
+    assert (tmp_path / "run").is_symlink()
+    assert (tmp_path / "large_disk" / "manifest.json").is_file()
 
 
 def test_a_killed_process_lets_go(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
-    run.create()
+    run.create({}, "")
     program = (
         "import os, signal, sys; from pathlib import Path; from prefopt_cli.runs.folder import RunFolder\n"
         "with RunFolder(Path(sys.argv[1])).held(): os.kill(os.getpid(), signal.SIGKILL)"

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 from safetensors.torch import load_file
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.recipe import load_recipe
 from prefopt_cli.runs import metrics
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.reporting import Silent
+from prefopt_cli.training.run import train
 from tests.training.conftest import LORA, Run
 
 TIMES = ("runtime", "per_second", "total_flos", "train_loss")
@@ -66,6 +69,18 @@ CASES = {
     ),
 }
 
+EPOCHS = (
+    "training.max_steps=-1",
+    "training.num_train_epochs=2",
+    "training.per_device_train_batch_size=32",
+    "training.save_strategy=epoch",
+    "training.eval_strategy=epoch",
+    "training.load_best_model_at_end=true",
+    "training.metric_for_best_model=heldout_loss",
+    "training.greater_is_better=true",  # so that the best one is not simply the last
+)
+"""Two epochs of three steps; both end with an evaluation and a checkpoint."""
+
 
 @pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("stop_at", [2, 4])
@@ -90,6 +105,43 @@ def test_resuming_a_run_that_goes_on_with_an_adapter(run: Run) -> None:
     straight = run("straight", *start)
     run("stopped", *start, reporter=SignalAt(3))
     assert_same(run("stopped", *start, resume=True).run, straight.run)
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 4])
+def test_stopping_at_the_end_of_an_epoch_keeps_its_evaluation(run: Run, stop_at: int) -> None:
+    straight = run("straight", *EPOCHS)
+    assert len([record for record in figures(straight.run) if "eval_heldout_loss" in record]) == 2
+    stopped = run("stopped", *EPOCHS, reporter=SignalAt(stop_at))
+    assert stopped.step == stop_at
+    assert_same(run("stopped", *EPOCHS, resume=True).run, straight.run)
+
+
+def test_a_signal_during_an_evaluation(run: Run) -> None:
+    class DuringEvaluation(SignalAt):
+        def progress(self, task: str, done: int, total: int) -> None:
+            if task == "evaluating" and done == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    every = ("training.eval_strategy=steps", "training.eval_steps=2")
+    straight = run("straight", *every)
+    stopped = run("stopped", *every, reporter=DuringEvaluation(-1))
+    assert (stopped.status, stopped.step) == ("interrupted", 2)
+    assert_same(run("stopped", *every, resume=True).run, straight.run)
+
+
+@pytest.mark.parametrize("extra", [(), EPOCHS], ids=["inside an epoch", "best of two epochs"])
+def test_nothing_left_to_train(run: Run, extra: tuple[str, ...]) -> None:
+    """Killed between the last checkpoint and the export: no further step is taken."""
+    constant = ("training.lr_scheduler_type=constant", *extra)
+    straight = run("straight", *constant)
+    killed = run("killed", *constant).run
+    shutil.rmtree(killed.model)
+    killed.update_manifest(status="failed", error="lightning")
+    resumed = run("killed", *constant, resume=True)
+    assert (resumed.status, resumed.step) == ("finished", 6)
+    assert_same(resumed.run, straight.run)
+    assert not (killed.checkpoints / "checkpoint-7").exists()
+    assert "error" not in killed.read_manifest()
 
 
 def test_sigterm_saves_too(run: Run) -> None:
@@ -153,5 +205,36 @@ def test_refusals(run: Run, tiny_world: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="train has changed"):
         run("run", f"dataset.train={own}", resume=True)
     own.write_text("\n".join(rows))
+    stopped = RunFolder(tmp_path / "run")
+    stopped.update_manifest(processes=2)
+    with pytest.raises(UserError, match="cannot go on with what 2 began"):
+        run("run", f"dataset.train={own}", resume=True)
+    stopped.update_manifest(processes=1)
     resumed = run("run", f"dataset.train={own}", "training.save_total_limit=1", resume=True)
     assert resumed.status == "finished"
+
+
+def test_another_starting_policy_is_noticed(run: Run) -> None:
+    """It would be another reference."""
+    first = run("first", LORA)
+    start = (LORA, f"model.name_or_path={first.run.path}")
+    run("second", *start, reporter=SignalAt(2))
+    run("first", LORA, "training.seed=1", overwrite=True)
+    with pytest.raises(UserError, match="has changed since"):
+        run("second", *start, resume=True)
+
+
+def test_own_function_is_found_again_and_must_be_the_same(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "own_resume.py"
+    source.write_text("def f(z):\n    return (1 - z).clamp(min=0) ** 3\n")
+    loss = "method.loss=own_resume:f"
+    stopped = run("run", loss, reporter=SignalAt(2)).run
+    # The run's own recipe lies elsewhere than the module.
+    outcome = train(
+        load_recipe(stopped.recipe), recipe_folder=stopped.path, reporter=SignalAt(4), resume=True
+    )
+    assert outcome.step == 4
+    source.write_text("def f(z):\n    return (2 - z).clamp(min=0) ** 3\n")
+    sys.modules.pop("own_resume")
+    with pytest.raises(UserError, match="function own_resume:f has changed"):
+        run("run", loss, resume=True)

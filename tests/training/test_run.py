@@ -6,12 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS
+from prefopt_cli.models.loading import load_model
 from prefopt_cli.runs import metrics
 from prefopt_cli.runs.folder import CHECKPOINT_MARK
+from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.guard import NotFiniteError
+from prefopt_cli.training.preparation import prepare
+from prefopt_cli.training.reporting import Silent
+from prefopt_cli.training.run import build_trainer
 from tests.training.conftest import LORA, Run
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl"}
@@ -87,6 +94,37 @@ def test_adapter_loads_with_plain_peft(run: Run, tiny_world: Path, tmp_path: Pat
     before = base(input_ids=ids).logits
     policy = PeftModel.from_pretrained(base, outcome.run.model)
     assert not torch.equal(policy(input_ids=ids).logits, before)
+
+
+def test_adapter_dropout_is_applied_to_the_policy_alone(run: Run, make_recipe) -> None:
+    without, with_dropout = (
+        run(f"run{p}", f"adapter={{type: lora, r: 4, lora_dropout: {p}}}", "training.max_steps=3")
+        for p in (0.0, 0.5)
+    )
+    first, second = (
+        load_file(next(each.run.model.glob("*.safetensors"))) for each in (without, with_dropout)
+    )
+    assert any(not first[name].equal(second[name]) for name in first)
+
+    # The reference that stands beside the policy in one model is the same at every call.
+    recipe = make_recipe("later", "adapter={type: lora}", f"model.name_or_path={with_dropout.run.path}")
+    recipe = recipe.model_copy(update={"training": {**recipe.training, "disable_dropout": False}})
+    prepared = prepare(recipe, Silent())
+    trainer = build_trainer(
+        recipe,
+        prepared,
+        load_model(prepared.source, recipe.model, recipe.adapter),
+        training_arguments(recipe, with_dropout.run, evaluates=True),
+        CONVEX_FUNCTIONS["logistic"],
+        "",
+    )
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    trainer.model.train()
+    calls = [trainer.compute_ref_log_probs(trainer.model, batch)[0] for _ in range(2)]
+    policies = [trainer.score_pairs(trainer.model, batch)[0].logps for _ in range(2)]
+    assert calls[0].equal(calls[1])
+    assert not policies[0].equal(policies[1])
+    assert trainer.model.training
 
 
 def test_own_function_beside_the_recipe(run: Run, tmp_path: Path) -> None:

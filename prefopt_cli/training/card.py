@@ -34,8 +34,7 @@ def model_card(recipe: Recipe, recipe_yaml: str, manifest: dict[str, Any]) -> st
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(recipe, lineage, adapter), sort_keys=False)}---",
         f"# {Path(recipe.output_dir).name}",
-        f"Trained with [prefopt](https://pypi.org/project/prefopt/) {versions['prefopt']} by "
-        f"{METHOD_NAMES[recipe.method.name]}.",
+        f"Trained with prefopt {versions['prefopt']} by {METHOD_NAMES[recipe.method.name]}.",
         "## Lineage",
         f"- Starting policy: {lineage['policy']}\n- Reference policy: {lineage['reference']}\n"
         f"- What was trained: {'an adapter' if adapter else 'all weights'}",

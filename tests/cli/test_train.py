@@ -139,10 +139,10 @@ main()
 """
 
 
-def test_disk_that_is_full_from_the_start(recipe: Path, tmp_path: Path) -> None:
-    assert in_a_process("check", str(recipe)).returncode == 0
+def train_with_file_limit(recipe: Path, limit: int) -> "subprocess.CompletedProcess[str]":
+    """Train where no file may grow beyond `limit` bytes, which ends as on a full disk."""
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED.format(limit=1_000), "train", str(recipe)],
+        [sys.executable, "-c", LIMITED.format(limit=limit), "train", str(recipe)],
         capture_output=True,
         text=True,
         env=environment(),
@@ -150,6 +150,12 @@ def test_disk_that_is_full_from_the_start(recipe: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done.stderr
     assert "No space left" in done.stderr
+    return done
+
+
+def test_disk_that_is_full_from_the_start(recipe: Path, tmp_path: Path) -> None:
+    assert in_a_process("check", str(recipe)).returncode == 0
+    train_with_file_limit(recipe, 1_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.yaml"]
 
 
@@ -157,15 +163,7 @@ def test_full_disk(recipe: Path, tmp_path: Path) -> None:
     """No file may grow beyond 250 kB: the weights fit, the optimizer's states do not."""
     # Whatever the data library caches must be there before.
     assert in_a_process("check", str(recipe)).returncode == 0
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED.format(limit=250_000), "train", str(recipe)],
-        capture_output=True,
-        text=True,
-        env=environment(),
-        timeout=300,
-    )
-    assert done.returncode == 1, done.stderr
-    assert "No space left" in done.stderr
+    done = train_with_file_limit(recipe, 250_000)
     assert "--resume" in done.stderr
     assert "Traceback" not in done.stderr
     run = tmp_path / "run"

@@ -13,7 +13,7 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS
 from prefopt_cli.models.loading import load_model
 from prefopt_cli.runs import metrics
-from prefopt_cli.runs.folder import CHECKPOINT_MARK
+from prefopt_cli.runs.folder import CHECKPOINT_MARK, RunFolder
 from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.guard import NotFiniteError
 from prefopt_cli.training.preparation import prepare
@@ -197,6 +197,35 @@ def test_not_finite_stops_with_step_and_pairs_and_keeps_the_checkpoint(run: Run,
     assert manifest["status"] == "failed"
     assert "not finite" in manifest["error"]
     assert not (folder / "model").exists()
+
+
+STEEP = """
+import torch
+
+class Steep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return (1 - z).abs()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (z,) = ctx.saved_tensors
+        return torch.where(z.abs() > 20, torch.inf, -gradient)
+
+f = Steep.apply
+"""
+
+
+def test_a_gradient_that_is_not_finite_stops_too(run: Run, tmp_path: Path) -> None:
+    """The loss itself stays finite; only the slope at |z| > 20, where the probe does not look, is infinite."""
+    (tmp_path / "own_steep.py").write_text(STEEP)
+    with pytest.raises(NotFiniteError, match="the gradient is not finite") as caught:
+        run("run", "method.loss=own_steep:f", "method.beta=100", "training.save_steps=1")
+    assert str(caught.value).count("pairs.jsonl:") == 4
+    last = RunFolder(tmp_path / "run").last_checkpoint()
+    assert last is not None
+    assert all(weight.isfinite().all() for weight in load_file(last / "model.safetensors").values())
 
 
 def test_existing_folders_are_never_overwritten_unasked(run: Run, tmp_path: Path) -> None:

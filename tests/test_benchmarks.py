@@ -21,6 +21,7 @@ def test_pairs_of_one_prompt_do_not_narrow_the_interval() -> None:
     assert copied == pytest.approx(alone)
 
 
+@pytest.mark.slow
 def test_coverage() -> None:
     """A 95 % interval holds the true share in about 95 % of simulated sets (here 300 of 150 prompts)."""
     draw = np.random.default_rng(1)

@@ -1,6 +1,7 @@
 """The command line, run in this process (quick) or in one of its own (true to life)."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -11,6 +12,15 @@ from pathlib import Path
 import pytest
 
 from prefopt_cli.cli.main import main
+from tests.training.conftest import RECIPE
+
+
+@pytest.fixture
+def recipe(tiny_world: Path, tmp_path: Path) -> Path:
+    """A recipe file of the tiny world, with `run` beside it as its output_dir."""
+    path = tmp_path / "my.yaml"
+    path.write_text(RECIPE.format(world=tiny_world, out=tmp_path / "run"))
+    return path
 
 
 @dataclass(frozen=True)
@@ -64,3 +74,26 @@ def environment() -> dict[str, str]:
     """This process's, with the package found from any working directory."""
     repository = Path(__file__).resolve().parents[2]
     return {**os.environ, "PYTHONPATH": str(repository)}
+
+
+def on_a_terminal(*arguments: str) -> str:
+    """What a person sees on a real pseudo-terminal, escape sequences included."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefopt_cli", *arguments],
+        stdout=follower,
+        stderr=follower,
+        env={**environment(), "TERM": "xterm-256color", "COLUMNS": "140", "LINES": "40"},
+    )
+    os.close(follower)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(leader, 65536)
+        except OSError:  # the other side is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    assert process.wait(60) == 0, shown.decode()
+    return shown.decode()

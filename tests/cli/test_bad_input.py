@@ -16,7 +16,6 @@ from prefopt_cli.runs import metrics
 from prefopt_cli.runs.folder import RunFolder
 from tests.cli.conftest import Prefopt, Result, environment
 from tests.tiny import write_pairs
-from tests.training.conftest import RECIPE
 
 COMMANDS = ("check", "train")
 BEST = (
@@ -27,13 +26,6 @@ BEST = (
     "training.eval_steps=1",
     "training.save_steps=1",
 )
-
-
-@pytest.fixture
-def recipe(tiny_world: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "my.yaml"
-    path.write_text(RECIPE.format(world=tiny_world, out=tmp_path / "run"))
-    return path
 
 
 @pytest.fixture

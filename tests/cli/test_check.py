@@ -1,12 +1,8 @@
 """`prefopt check`: what it says, and that it reads no weights."""
 
 import json
-import os
-import pty
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,18 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.cli.conftest import Prefopt, environment
+from tests.cli.conftest import Prefopt, on_a_terminal
 from tests.tiny import write_pairs
-from tests.training.conftest import LORA, RECIPE
+from tests.training.conftest import LORA
 
 Check = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def recipe(tiny_world: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "my.yaml"
-    path.write_text(RECIPE.format(world=tiny_world, out=tmp_path / "run"))
-    return path
 
 
 @pytest.fixture
@@ -98,30 +87,8 @@ def test_the_mask_in_plain_letters(prefopt: Prefopt, recipe: Path, tmp_path: Pat
     assert re.search(r"\(\d+ more\)", rejected.split("»")[1])
 
 
-def _on_a_terminal(*arguments: str) -> str:
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prefopt_cli", *arguments],
-        stdout=follower,
-        stderr=follower,
-        env={**environment(), "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"},
-    )
-    os.close(follower)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(leader, 65536)
-        except OSError:  # the other side is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    assert process.wait(60) == 0, shown.decode()
-    return shown.decode()
-
-
 def test_the_mask_in_colour(recipe: Path) -> None:
-    shown = _on_a_terminal("check", str(recipe), "--pairs", "1")
+    shown = on_a_terminal("check", str(recipe), "--pairs", "1")
     assert "»" not in shown
     assert "\x1b[2m" in shown, "what is only read is dim"
     assert "\x1b[1;32m" in shown, "chosen in green"

@@ -1,28 +1,16 @@
 """`prefopt train` as a person uses it."""
 
 import json
-import os
-import pty
 import re
-import select
 import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Prefopt, environment, in_a_process
-from tests.training.conftest import RECIPE
-
-
-@pytest.fixture
-def recipe(tiny_world: Path, tmp_path: Path) -> Path:
-    path = tmp_path / "my.yaml"
-    path.write_text(RECIPE.format(world=tiny_world, out=tmp_path / "run"))
-    return path
+from tests.cli.conftest import Prefopt, environment, in_a_process, on_a_terminal
 
 
 def test_lines_without_a_terminal(prefopt: Prefopt, recipe: Path, tmp_path: Path) -> None:
@@ -62,6 +50,7 @@ def test_finished_run_can_be_asked_to_resume(prefopt: Prefopt, recipe: Path) -> 
     assert "Already finished (2 steps): nothing to do." in again.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_and_the_printed_command_goes_on(
     recipe: Path, tmp_path: Path, number: signal.Signals, code: int
@@ -102,29 +91,8 @@ def test_signal_saves_and_the_printed_command_goes_on(
 
 def test_bar_on_a_terminal(recipe: Path) -> None:
     """A real pseudo-terminal: the bar shows steps, time left and figures, and leaves the last line whole."""
-    leader, follower = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prefopt_cli", "train", str(recipe), "training.max_steps=8"],
-        stdout=follower,
-        stderr=follower,
-        env={**environment(), "TERM": "xterm-256color", "COLUMNS": "140", "LINES": "40"},
-    )
-    os.close(follower)
-    shown = b""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if select.select([leader], [], [], 1)[0]:
-            try:
-                piece = os.read(leader, 65536)
-            except OSError:  # the other side is closed
-                break
-            if not piece:
-                break
-            shown += piece
-        elif process.poll() is not None:
-            break
-    assert process.wait(30) == 0
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    shown = on_a_terminal("train", str(recipe), "training.max_steps=8")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert re.search(r"training .*8/8 .*left.*loss [\d.e-]+ +acc [\d.]+ +margin", text), text[-2000:]
     assert "Policy: " in text
 
@@ -153,12 +121,14 @@ def train_with_file_limit(recipe: Path, limit: int) -> "subprocess.CompletedProc
     return done
 
 
+@pytest.mark.slow
 def test_disk_that_is_full_from_the_start(recipe: Path, tmp_path: Path) -> None:
     assert in_a_process("check", str(recipe)).returncode == 0
     train_with_file_limit(recipe, 1_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["my.yaml"]
 
 
+@pytest.mark.slow
 def test_full_disk(recipe: Path, tmp_path: Path) -> None:
     """No file may grow beyond 250 kB: the weights fit, the optimizer's states do not."""
     # Whatever the data library caches must be there before.

@@ -69,6 +69,8 @@ CASES = {
     ),
 }
 
+LONG = {"accumulation": pytest.mark.slow}
+
 EPOCHS = (
     "training.max_steps=-1",
     "training.num_train_epochs=2",
@@ -82,7 +84,9 @@ EPOCHS = (
 """Two epochs of three steps; both end with an evaluation and a checkpoint."""
 
 
-@pytest.mark.parametrize("overrides", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "overrides", [pytest.param(case, id=name, marks=LONG.get(name, ())) for name, case in CASES.items()]
+)
 @pytest.mark.parametrize("stop_at", [2, 4])
 def test_resumed_run_equals_one_that_never_stopped(
     run: Run, overrides: tuple[str, ...], stop_at: int
@@ -107,6 +111,7 @@ def test_resuming_a_run_that_goes_on_with_an_adapter(run: Run) -> None:
     assert_same(run("stopped", *start, resume=True).run, straight.run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [2, 3, 4])
 def test_stopping_at_the_end_of_an_epoch_keeps_its_evaluation(run: Run, stop_at: int) -> None:
     straight = run("straight", *EPOCHS)
@@ -129,7 +134,13 @@ def test_a_signal_during_an_evaluation(run: Run) -> None:
     assert_same(run("stopped", *every, resume=True).run, straight.run)
 
 
-@pytest.mark.parametrize("extra", [(), EPOCHS], ids=["inside an epoch", "best of two epochs"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        pytest.param((), id="inside an epoch"),
+        pytest.param(EPOCHS, id="best of two epochs", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_left_to_train(run: Run, extra: tuple[str, ...]) -> None:
     """Killed between the last checkpoint and the export: no further step is taken."""
     constant = ("training.lr_scheduler_type=constant", *extra)

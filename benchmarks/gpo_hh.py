@@ -1,6 +1,6 @@
 """The six losses of the GPO family on human preferences, before and after.
 
-    python benchmarks/gpo_hh.py            # reads ../shared, writes benchmarks/results/gpo-hh.{md,json}
+    python -m benchmarks.gpo_hh            # reads ../shared, writes benchmarks/results/gpo-hh.{md,json}
 
 HH-RLHF (helpful and harmless), split by prompt into train and held-out; one epoch of full fine-tuning of the
 260-thousand-parameter stories260K per loss, the same seed and order of pairs for all. Held-out accuracy is the

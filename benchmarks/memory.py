@@ -279,7 +279,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 CPU_MEASURE = """Resident: rise of the process's peak resident memory (VmHWM) over its resident memory after
-the imports, with glibc's allocator as it is, which keeps part of what is freed; the estimate adds 15 % for that.
+the imports, with glibc's allocator as it is, which keeps part of what is freed; the estimate adds 15 % for that,
+a share set after seeing these cases.
 Alive: the same, glibc told to return every freed tensor to the system at once (MALLOC_MMAP_THRESHOLD_=65536)."""
 
 CUDA_MEASURE = "Resident and alive: peak of `torch.cuda.max_memory_allocated`."

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 # Before anything imports the hub's client: no test may reach for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,6 +10,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 # Tiny tensors: a second thread costs more than it brings, above all when tests run side by side.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Neither reads nor fills the user's own; kept between runs, as the sandbox takes a minute or two to build.
+os.environ["PREFOPT_CACHE"] = str(Path(__file__).resolve().parents[1] / "build" / "test-cache")
 
 import pytest
 
@@ -39,3 +43,11 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     build(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sandbox() -> Any:
+    """The sandbox's world of seed 0, built at its first use: only for tests marked slow."""
+    from prefopt_cli.sandbox.world import open_world
+
+    return open_world(0)

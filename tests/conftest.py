@@ -51,3 +51,11 @@ def sandbox() -> Any:
     from prefopt_cli.sandbox.world import open_world
 
     return open_world(0)
+
+
+@pytest.fixture
+def toy_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names `toy:...` besides `sandbox:...`, served by tests/toy_scheme.py."""
+    from prefopt_cli.recipe.schemes import SCHEMES
+
+    monkeypatch.setitem(SCHEMES, "toy", "tests.toy_scheme")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from prefopt_cli.sandbox.names import LARGEST_SEED
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -20,6 +22,9 @@ OverridesArgument = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+WorldSeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the world: another seed, another world.")
+]
 DebugOption = Annotated[
     bool,
     typer.Option("--debug", help="Show tracebacks and the libraries' own messages.", is_eager=True),

@@ -19,6 +19,8 @@ Example = tuple[Text, Text, Text]
 """Prompt, chosen, rejected: all strings or all message lists."""
 
 ASSISTANT_TURN = "\n\nAssistant:"
+LISTED = "responses"
+"""Column of rows that rank several responses, or name the best of them."""
 WORD_SEARCH = 40
 """How many characters to look back for the start of a word; scripts without spaces have none."""
 
@@ -159,6 +161,12 @@ def _fits(format: Format, row: Row) -> bool:
 def unfit_message(rows: Sequence[Row], where: str, format: str, reason: str = "") -> str:
     """Says which columns are there, which ``format`` (auto: any) expects, and how to bring them together."""
     found = ", ".join(f"{name} ({_kind_in(rows, name)})" for name in rows[0])
+    if "chosen" not in rows[0] and LISTED in rows[0] and _kind_in(rows, LISTED) == "list of text":
+        return (
+            f"{where}: its rows compare whole lists of responses, and only pairs can be trained on\n"
+            f"  columns found: {found}\n"
+            "  choose a `config:` whose rows have chosen and rejected, or make pairs of the lists"
+        )
     names = list(FORMATS) if format == "auto" else [format]
     wanted = "\n".join(f"    {name:<24} {FORMATS[name].expects}" for name in names)
     because = f" ({reason})" if reason else ""

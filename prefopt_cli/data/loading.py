@@ -101,7 +101,7 @@ def _read(listed: Sequence[Source], position: int, seen: set[bytes], progress: P
     label = sources.label(source)
     if before := sum(sources.label(other) == label for other in listed[:position]):
         label = f"{label}~{before + 1}"
-    return read_pairs(sources.open_source(source), source, label, seen, progress)
+    return read_pairs(sources.open_source(source, progress), source, label, seen, progress)
 
 
 def _check_names(settings: DatasetSettings) -> None:

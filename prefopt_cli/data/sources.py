@@ -1,4 +1,4 @@
-"""Where rows come from: files, folders on disk, and the hub, all read by the ``datasets`` library."""
+"""Where rows come from: files, folders on disk and the hub, read by the ``datasets`` library, or a scheme."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import csv
 import glob
 import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,10 @@ from typing import Any
 import datasets
 
 from prefopt_cli.data import diagnosis
+from prefopt_cli.data.examples import Progress
 from prefopt_cli.errors import UserError
 from prefopt_cli.recipe.schema import Source
+from prefopt_cli.recipe.schemes import Named, find_scheme, has_scheme
 
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """File extension (before an optional ``.gz``) -> loader of ``datasets``."""
@@ -24,35 +26,35 @@ JSON_BLOCK = 64 << 20
 """Bytes of JSON whose column types are settled together: a stray value of another type in the first
 64 MiB makes one malformed row there; with the library's 10 MB it would more often make an unreadable file."""
 
-SCHEME = re.compile(r"^([a-z][a-z0-9_+-]+):(.+)$")
 HUB_ID = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 
 
-def open_source(source: Source) -> datasets.Dataset:
-    """All rows of ``source``'s split, unfiltered.
+def open_source(source: Source, progress: Progress | None = None) -> datasets.Dataset:
+    """All rows of ``source``'s split, unfiltered. ``progress`` is told of a scheme's work on its data.
 
     Raises:
         UserError: it is missing, unreadable or empty; the message says where and, if possible, which line.
     """
     with _quiet():
-        dataset = _open(source).with_format(None)
+        dataset = _open(source, progress).with_format(None)
     if not len(dataset):
         raise UserError(f"{source.source}: split {source.split} holds no rows")
     return dataset
 
 
 def label(source: Source) -> str:
-    """The short name in row ids and receipts: file name or hub id, and the split if not ``train``."""
-    name = source.source if looks_like_hub_id(source) else Path(source.source).expanduser().absolute().name
+    """The short name in row ids and receipts: file name, hub id or scheme's name; the split if not ``train``."""
+    in_full = has_scheme(source.source) or looks_like_hub_id(source)
+    name = source.source if in_full else Path(source.source).expanduser().absolute().name
     config = f"/{source.config}" if source.config else ""
     split = f"/{source.split}" if source.split != "train" else ""
     return name + config + split
 
 
-def _open(source: Source) -> datasets.Dataset:
+def _open(source: Source, progress: Progress | None) -> datasets.Dataset:
     """The one place that decides what a source's name means."""
-    if scheme := SCHEME.match(source.source):
-        raise UserError(f"{source.source}: {scheme[1]!r} is not a known kind of source")
+    if named := find_scheme(source.source, "source"):
+        return _of_scheme(named, source, progress)
     if looks_like_hub_id(source):
         return _from_hub(source)
     path = Path(source.source).expanduser()
@@ -82,7 +84,7 @@ def _file(path: Path, source: Source) -> datasets.Dataset:
         raise UserError(
             f"{path}: files of this kind cannot be read; known are {', '.join(sorted(LOADERS))} (and .gz)"
         )
-    _local_only(source, "file", config=True)
+    _refuse_hub_settings(source, "a file on disk", config=True)
     if not path.stat().st_size:
         raise UserError(f"{path} is empty")
     try:
@@ -95,7 +97,7 @@ def _file(path: Path, source: Source) -> datasets.Dataset:
 
 def _folder(path: Path, source: Source) -> datasets.Dataset:
     """A folder of data files, split by file names or by its README as on the hub."""
-    _local_only(source, "folder", config=False)
+    _refuse_hub_settings(source, "a folder on disk", config=False)
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and _loader(file)]
     if not files:
         raise UserError(f"{path} holds no data files ({', '.join(sorted(LOADERS))}) and no saved dataset")
@@ -130,17 +132,31 @@ def _valid(dataset: datasets.Dataset) -> datasets.Dataset:
 
 def _saved_folder(path: Path, source: Source) -> datasets.Dataset:
     """What ``save_to_disk`` wrote: a lone dataset counts as split ``train``."""
-    _local_only(source, "saved dataset", config=True)
+    _refuse_hub_settings(source, "a saved dataset on disk", config=True)
     try:
         saved = datasets.load_from_disk(str(path))
-        splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    except Exception as error:
+        raise diagnosis.unreadable(str(path), source, error) from error
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    return _selected(splits, str(path), source)
+
+
+def _of_scheme(named: Named, source: Source, progress: Progress | None) -> datasets.Dataset:
+    _refuse_hub_settings(source, "not on the hub", config=False)
+    splits = named.scheme.dataset(named.name, source.config, progress)
+    return _selected(splits, source.source, source)
+
+
+def _selected(splits: Mapping[str, datasets.Dataset], name: str, source: Source) -> datasets.Dataset:
+    """The rows that ``source.split`` asks for: a split, a slice, or several joined by ``+``."""
+    try:
         slices = datasets.ReadInstruction.from_spec(source.split).to_absolute(
-            {name: len(rows) for name, rows in splits.items()}
+            {split: len(rows) for split, rows in splits.items()}
         )
         numbers = [(splits[part.splitname], list(range(part.from_, part.to))) for part in slices]
         return datasets.concatenate_datasets([rows.select(chosen) for rows, chosen in numbers])
     except Exception as error:
-        raise diagnosis.unreadable(str(path), source, error) from error
+        raise diagnosis.unreadable(name, source, error) from error
 
 
 def _from_hub(source: Source) -> datasets.Dataset:
@@ -152,14 +168,12 @@ def _from_hub(source: Source) -> datasets.Dataset:
         raise diagnosis.unreachable(source, error) from error
 
 
-def _local_only(source: Source, what: str, *, config: bool) -> None:
-    """Refuse settings that only a hub dataset has, instead of ignoring them."""
+def _refuse_hub_settings(source: Source, what: str, *, config: bool) -> None:
+    """Refuse settings that only a hub dataset has, ``config`` among them or not, instead of ignoring them."""
     given = {"revision": source.revision, "config": source.config if config else None}
     for name, value in given.items():
         if value is not None:
-            raise UserError(
-                f"{source.source} is a {what} on disk, so `{name}: {value}` has no meaning for it"
-            )
+            raise UserError(f"{source.source} is {what}, so `{name}: {value}` has no meaning for it")
 
 
 def _options(loader: str | None, path: Path) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def load_config(source: PolicySource, settings: ModelSettings) -> Any:
     Raises:
         UserError: it cannot be had, or is of an architecture that transformers does not know.
     """
-    with _loading_errors(source.weights):
+    with _loading_errors(source.place, local=source.is_local):
         return AutoConfig.from_pretrained(source.weights, **_hub_arguments(source, settings))
 
 
@@ -53,9 +53,11 @@ def load_tokenizer(source: PolicySource, settings: ModelSettings) -> PreTrainedT
     folder = (
         source.adapter if source.adapter and (source.adapter / "tokenizer_config.json").is_file() else None
     )
-    place = str(folder or source.weights)
-    with _loading_errors(place, "the tokenizer of model"):
-        tokenizer = AutoTokenizer.from_pretrained(place, **_hub_arguments(source, settings))
+    local = folder is not None or source.is_local
+    with _loading_errors(str(folder or source.place), "the tokenizer of model", local=local):
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder or source.weights), **_hub_arguments(source, settings)
+        )
     if settings.chat_template is not None:
         try:
             tokenizer.chat_template = Path(settings.chat_template).expanduser().read_text(encoding="utf-8")
@@ -79,7 +81,7 @@ def load_model(
     """
     if isinstance(adapter, LoraAdapter):
         require_same_adapter(source, adapter)
-    with _loading_errors(source.weights):
+    with _loading_errors(source.place, local=source.is_local):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source.weights,
             output_loading_info=True,
@@ -93,7 +95,7 @@ def load_model(
         "are not": loaded["missing_keys"],
         "have another shape": [key for key, *_ in loaded["mismatched_keys"]],
     }
-    _require_all_weights(f"model {source.weights}", faulty)
+    _require_all_weights(f"model {source.place}", faulty)
     if source.adapter is None:
         return model
     trains_adapter = isinstance(adapter, LoraAdapter)
@@ -135,7 +137,7 @@ def on_meta_device(
     config = load_config(source, settings)
     dtype = weights_dtype(settings, adapter)
     dtype = (config.dtype or torch.float32) if dtype == CHECKPOINT_DTYPE else dtype
-    with torch.device("meta"), _loading_errors(source.weights):
+    with torch.device("meta"), _loading_errors(source.place, local=source.is_local):
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
@@ -146,7 +148,7 @@ def on_meta_device(
         return model
     require_same_adapter(source, adapter)
     if source.adapter is not None:
-        with torch.device("meta"), _loading_errors(str(source.adapter)):
+        with torch.device("meta"), _loading_errors(str(source.adapter), local=True):
             config = LoraConfig.from_pretrained(str(source.adapter))
             config.inference_mode = False  # as it was saved
             return get_peft_model(model, config)
@@ -184,7 +186,7 @@ def _load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool) -
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"The adapter {folder} has no {weights.name}; pickled weights are not loaded.")
-    with _loading_errors(str(folder), "the adapter"):
+    with _loading_errors(str(folder), "the adapter", local=True):
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
         with safe_open(weights, "pt") as file:
             saved = set(file.keys())
@@ -212,7 +214,7 @@ def _hub_arguments(source: PolicySource, settings: ModelSettings) -> dict[str, A
 
 
 @contextlib.contextmanager
-def _loading_errors(name: str, what: str = "model") -> Iterator[None]:
+def _loading_errors(name: str, what: str = "model", *, local: bool) -> Iterator[None]:
     """Say in one sentence why a model or its tokenizer could not be loaded."""
     try:
         yield
@@ -236,14 +238,14 @@ def _loading_errors(name: str, what: str = "model") -> Iterator[None]:
         ImportError,
         StrictDataclassError,
     ) as error:
-        raise UserError(f"{what} {name} cannot be loaded: {_reason(name, error)}") from error
+        raise UserError(f"{what} {name} cannot be loaded: {_reason(name, error, local=local)}") from error
 
 
-def _reason(name: str, error: BaseException) -> str:
+def _reason(name: str, error: BaseException, *, local: bool) -> str:
     text = " ".join(str(error).split())
     if "safetensors" in text:
         return "it has no weights in safetensors format. Convert them first; pickled weights are not loaded."
-    if not Path(name).is_dir() and ("connect" in text or "offline" in text or "cached" in text):
+    if not local and ("connect" in text or "offline" in text or "cached" in text):
         return (
             f"it is no folder in {Path.cwd()}, is not in the hub cache, and the hub cannot be reached (offline)."
             f"{near_folder(Path(name))} Check the name, or download it with `hf download` while online."

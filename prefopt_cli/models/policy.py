@@ -6,12 +6,13 @@ Nothing here loads weights or imports anything heavy.
 import difflib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
+from prefopt_cli.recipe.schemes import Progress, find_scheme
 from prefopt_cli.runs.folder import RunFolder
 
 SAMPLE = 2**20
@@ -27,35 +28,49 @@ class PolicySource:
     """Folder of a trained adapter that belongs to the policy."""
     run: Path | None = None
     """Run folder that the policy was taken from."""
+    name: str | None = None
+    """The name of the full model, where a scheme gave it one: the folder means little to a reader."""
 
     @property
     def is_local(self) -> bool:
         """Whether the full weights lie in a folder (no hub is asked)."""
         return Path(self.weights).is_dir()
 
+    @property
+    def place(self) -> str:
+        """Where the full weights are, for messages about what is wrong with them."""
+        return f"{self.name} ({self.weights})" if self.name else self.weights
+
     def describe(self) -> str:
         """One line for logs, manifest and model card."""
-        text = self.weights if self.adapter is None else f"{self.weights} with the adapter {self.adapter}"
+        text = self.name or self.weights
+        if self.adapter is not None:
+            text += f" with the adapter {self.adapter}"
         return text if self.run is None else f"{text} (run {self.run})"
 
 
-def find_policy(settings: ModelSettings) -> PolicySource:
-    """Resolve ``model.name_or_path``: run folder, adapter folder, model folder or hub id.
+def find_policy(settings: ModelSettings, progress: Progress | None = None) -> PolicySource:
+    """Resolve ``model.name_or_path``: run folder, adapter folder, model folder, hub id or a scheme's name.
+
+    ``progress`` is told of a scheme's work on a model that it makes at its first use.
 
     Raises:
-        UserError: a folder that is none of these, an unfinished run, or a path that does not exist.
+        UserError: a folder that is none of these, an unfinished run, or a path or name that does not exist.
     """
     name = settings.name_or_path
+    if named := find_scheme(name, "model"):
+        return PolicySource(str(named.scheme.model_folder(named.name, progress)), name=name)
     path = Path(name).expanduser()
     run = RunFolder(path)
     if run.is_run():
+        manifest = run.read_manifest()
         if not run.model.is_dir():
-            status = run.read_manifest().get("status", "unknown")
+            status = manifest.get("status", "unknown")
             raise UserError(
                 f"model.name_or_path: the run {name} has no finished policy (its status is {status!r}). "
                 "Finish it with `prefopt train RECIPE --resume`, or name another model."
             )
-        return _in_folder(run.model, path)
+        return _of_run(run, manifest, progress)
     if path.is_dir():
         return _in_folder(path, None)
     if path.exists():
@@ -63,6 +78,18 @@ def find_policy(settings: ModelSettings) -> PolicySource:
     if not _may_be_hub_id(name):
         raise UserError(f"model.name_or_path: there is no folder {name} in {Path.cwd()}.{near_folder(path)}")
     return PolicySource(name)
+
+
+def _of_run(run: RunFolder, manifest: dict[str, Any], progress: Progress | None) -> PolicySource:
+    """A finished run's policy. Its adapter lies on the weights that it started from, by whatever name they had."""
+    lineage = manifest.get("lineage", {})
+    name, weights = lineage.get("name"), Path(lineage.get("weights", ""))
+    if name is None or not (run.model / "adapter_config.json").is_file():
+        return _in_folder(run.model, run.path)
+    if not weights.is_dir() and (named := find_scheme(name, "model")):
+        named.scheme.model_folder(named.name, progress)  # in the same place, if the scheme is still the same
+    source = _in_folder(run.model, run.path)
+    return replace(source, name=name) if Path(source.weights).resolve() == weights.resolve() else source
 
 
 def _in_folder(folder: Path, run: Path | None) -> PolicySource:

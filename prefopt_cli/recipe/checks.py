@@ -7,7 +7,9 @@ types and unknown keys. A value that is itself mistaken counts as not given.
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from prefopt_cli.errors import UserError
 from prefopt_cli.recipe.problems import Path, Problem, shown
+from prefopt_cli.recipe.schemes import find_scheme
 from prefopt_cli.recipe.training_fields import MISSING, training_fields
 
 
@@ -18,11 +20,12 @@ class Settings:
         self._data = data
         self._mistaken = set(mistaken)
 
-    def get(self, *path: str) -> Any:
+    def get(self, *path: str | int) -> Any:
         """The value at ``path``, or None."""
         value = self._data
         for depth, key in enumerate(path, start=1):
-            if not isinstance(value, dict) or key not in value or path[:depth] in self._mistaken:
+            listed = isinstance(value, list) and isinstance(key, int) and key < len(value)
+            if not (listed or (isinstance(value, dict) and key in value)) or path[:depth] in self._mistaken:
                 return None
             value = value[key]
         return value
@@ -41,6 +44,15 @@ class Settings:
         named = self.get("dataset", "eval")
         holdout = ["holdout"] if self.get("dataset", "holdout") is not None else []
         return [*(named if isinstance(named, dict) else ()), *holdout]
+
+    def sources(self) -> Iterator[Path]:
+        """Where the sources stand, each a mapping or its name alone."""
+        named = self.get("dataset", "eval")
+        sets: list[Path] = [("dataset", "train")]
+        sets += [("dataset", "eval", name) for name in (named if isinstance(named, dict) else ())]
+        for path in sets:
+            value = self.get(*path)
+            yield from [(*path, entry) for entry in range(len(value))] if isinstance(value, list) else [path]
 
     def has_eval_sets(self) -> bool:
         """Whether there is anything to evaluate on; a mistaken section gets the benefit of the doubt."""
@@ -177,6 +189,37 @@ def _prefetch_needs_workers(settings: Settings) -> Iterator[Problem]:
         yield _problem("dataloader_prefetch_factor", "needs training.dataloader_num_workers of at least 1")
 
 
+def _model_of_a_scheme(settings: Settings) -> Iterator[Problem]:
+    yield from _judged(settings, ("model", "name_or_path"), ("model",), "model")
+
+
+def _data_of_a_scheme(settings: Settings) -> Iterator[Problem]:
+    for source in settings.sources():
+        alone = isinstance(settings.get(*source), str)
+        yield from _judged(settings, source if alone else (*source, "source"), source, "source")
+
+
+def _judged(settings: Settings, path: Path, section: Path, kind: str) -> Iterator[Problem]:
+    """What the scheme of the name at ``path``, if it has one, says about it and about the keys beside it."""
+    name, config, revision = settings.get(*path), (*section, "config"), (*section, "revision")
+    if not isinstance(name, str):
+        return
+    try:
+        named = find_scheme(name, kind)
+        if named is None:
+            return
+        if kind == "model":
+            named.scheme.check_model(named.name)
+        else:
+            named.scheme.check_dataset(named.name, None)
+            path = config  # the name is sound, so whatever is wrong now is the configuration
+            named.scheme.check_dataset(named.name, settings.get(*config))
+    except UserError as error:
+        yield Problem(path, str(error))
+    if settings.get(*revision) is not None:
+        yield Problem(revision, f"{name} is not on the hub and has no revisions; leave it out")
+
+
 CHECKS: tuple[Check, ...] = (
     _evaluation_needs_data,
     _best_model,
@@ -185,6 +228,8 @@ CHECKS: tuple[Check, ...] = (
     _holdout_name,
     _step_counts,
     _prefetch_needs_workers,
+    _model_of_a_scheme,
+    _data_of_a_scheme,
 )
 
 

@@ -49,7 +49,8 @@ class ModelSettings(Section):
     """The policy to start from. The reference policy is exactly this policy."""
 
     name_or_path: str = Field(
-        min_length=1, description="Hub id, local folder, or the run folder of an earlier `prefopt train`."
+        min_length=1,
+        description="Hub id, local folder, run folder of an earlier `prefopt train`, or sandbox:base.",
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -128,13 +129,16 @@ DATA_FORMATS = (
 
 
 class Source(Section):
-    """Rows from one place: a file, a folder on disk, or a dataset of the hub."""
+    """Rows from one place: a file, a folder on disk, a dataset of the hub, or the sandbox."""
 
     source: str = Field(
         min_length=1,
-        description="Path of .json, .jsonl, .csv, .parquet (.gz too), of a datasets folder, or a hub id.",
+        description="Path of .json, .jsonl, .csv, .parquet (.gz too), of a datasets folder, a hub id, or a "
+        "sandbox name: sandbox:helpful.",
     )
-    config: str | None = Field(default=None, description="Configuration (subset) of a hub dataset.")
+    config: str | None = Field(
+        default=None, description="Configuration (subset) of a hub dataset; kind of a sandbox's rows."
+    )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub dataset.")
     split: str = Field(
         default="train", min_length=1, description="Split; slices as in datasets: train[:10%]."

@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_text(path: Path, text: str) -> None:
@@ -16,12 +16,23 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: the disk is full or the folder cannot be written; the old file is untouched.
     """
+    with file(path) as opened:
+        opened.write(text.encode("utf-8"))
+
+
+@contextlib.contextmanager
+def file(path: Path) -> Iterator[BinaryIO]:
+    """A new file, opened for bytes, that takes the place of `path` when the block ends well.
+
+    Raises:
+        OSError: as in `write_text`.
+    """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(handle, "wb") as opened:
+            yield opened
+            opened.flush()
+            os.fsync(opened.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -58,7 +69,7 @@ def folder(path: Path) -> Iterator[Path]:
 
 def sync(folder: Path) -> None:
     """See every file of a folder onto the disk."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
+    for each in folder.rglob("*"):
+        if each.is_file():
+            with each.open("rb") as opened:
                 os.fsync(opened.fileno())

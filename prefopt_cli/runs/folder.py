@@ -2,7 +2,7 @@
 
 ::
 
-    recipe.yaml   manifest.json   metrics.jsonl   checkpoints/   model/
+    recipe.yaml   manifest.json   metrics.jsonl   checkpoints/   model/   eval/<name>/
 """
 
 import json
@@ -48,6 +48,10 @@ class RunFolder:
     @property
     def model(self) -> Path:
         return self.path / "model"
+
+    def evaluation(self, name: str) -> Path:
+        """The folder of one evaluation."""
+        return self.path / "eval" / name
 
     def is_run(self) -> bool:
         """Whether the folder is one that `prefopt train` made."""

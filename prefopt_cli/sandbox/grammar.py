@@ -22,7 +22,7 @@ GREETINGS = ("", "Hello. ", "Hi there. ", "Good morning. ", "Good evening. ", "D
 
 DATES = (
     "yesterday", "last week", "last month", "on Monday", "on Friday", "two weeks ago", "three days ago",
-    "in March", "in October", "for my birthday",
+    "in March", "in June", "in October",
 )  # fmt: skip
 
 PROBLEMS: dict[str, tuple[str, ...]] = {
@@ -242,15 +242,13 @@ def _weight(option: Option, prompt: Prompt) -> float:
 
 
 def all_texts() -> Iterator[str]:
-    """Texts that together hold every word of the world."""
-    for item in ITEMS:
-        yield f" {item}"
-    for words in (GREETINGS, DATES, REQUESTS):
-        for word in words:
-            yield f" {word}"
-            yield word
-    for phrasings in PROBLEMS.values():
-        yield from phrasings
+    """Texts that together hold every word of the world as it stands in prompts and replies."""
+    for word in (*ITEMS, *DATES):
+        yield f" {word}"
+    yield from ((BEFORE + greeting).strip() for greeting in GREETINGS)
+    for phrasing in itertools.chain.from_iterable(PROBLEMS.values()):
+        yield f" {phrasing.format(item=ITEMS[0], date=DATES[0])}"
+    yield from REQUESTS
     for slot in SLOTS:
-        yield from (option.text for option in slot)
-    yield BEFORE + AFTER
+        yield from (fill(option, ITEMS[0]) for option in slot)
+    yield AFTER

@@ -28,6 +28,9 @@ KINDS = ("pairs", "best_of_n", "ranked")
 
 SPLITS = ("train", "test")
 
+LARGEST_SEED = 2**32 - 1
+"""What is drawn with seeds derived from a world's must stay within torch's 64 bits."""
+
 
 @dataclass(frozen=True)
 class BaseName:
@@ -89,6 +92,8 @@ def _settings(name: str, text: str, known: dict) -> dict:
                 f"{SCHEME}:{name}: {part!r} is no setting; write {' or '.join(f'{key}=...' for key in known)} "
                 f"after a slash.{_near(key, known)}"
             )
+        if key in found:
+            raise UserError(f"{SCHEME}:{name}: {key} is given twice.")
         try:
             found[key] = known[key](value)
         except ValueError as error:
@@ -97,8 +102,10 @@ def _settings(name: str, text: str, known: dict) -> dict:
 
 
 def _seed(text: str) -> int:
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError("a whole number of at least 0")
+    # Longer ones are not even read: Python refuses thousands of digits in words of its own.
+    digits = text.isascii() and text.isdigit() and len(text) <= len(str(LARGEST_SEED))
+    if not digits or int(text) > LARGEST_SEED:
+        raise ValueError(f"a whole number from 0 to {LARGEST_SEED}")
     return int(text)
 
 

@@ -17,6 +17,13 @@ from prefopt_cli.sandbox.world import PoolRow
 
 Row = dict[str, Any]
 
+MATCHES = {
+    "helpful": ((0, 1), (2, 3)),
+    "polite": ((0, 2), (1, 3)),
+    "concise": ((0, 3), (1, 2)),
+}
+"""Which of a prompt's replies are compared: a mixture of dimensions must not hold a pair twice."""
+
 
 def text_rewards(prompt: Prompt, text: str) -> dict[str, float]:
     """Gold rewards of any text, by dimension; one that is no well-formed reply is worth less than the worst."""
@@ -27,12 +34,13 @@ def text_rewards(prompt: Prompt, text: str) -> dict[str, float]:
 
 
 def pairs(rows: Sequence[PoolRow], split: str, name: PreferencesName) -> Iterator[Row]:
-    """Two comparisons per prompt: of the first and second reply, and of the third and fourth.
+    """Two comparisons per prompt that share no reply; no two dimensions compare the same replies.
 
     P(first preferred) = sigmoid((r_first - r_second) / temperature).
     """
     for number, row in enumerate(rows):
-        for part, (first, second) in enumerate(zip(row.replies[::2], row.replies[1::2], strict=False)):
+        for part, places in enumerate(MATCHES[name.dimension]):
+            first, second = (row.replies[place] for place in places)
             row_id = f"{split}-{number:05}-{part}"
             gold = [text_rewards(row.prompt, text) for text in (first, second)]
             rewards = [each[name.dimension] for each in gold]
@@ -91,9 +99,7 @@ def _order(rewards: Sequence[float], name: PreferencesName, row: str) -> list[in
     """Positions from the best to the worst: Plackett-Luce by Gumbel noise, which for two is Bradley-Terry."""
     random = Random(f"{name.seed}/{name.dimension}/{row}")
     noise = [-math.log(-math.log(random.random() or 0.5)) for _ in rewards]
-    # Without noise in the labels, it still decides ties.
-    keys = [
-        (reward, each) if name.temperature == 0 else (reward / name.temperature + each, each)
-        for reward, each in zip(rewards, noise, strict=True)
-    ]
+    # A multiple of reward / temperature + noise, whose order is the same down to temperature 0. Where no noise is
+    # left in the labels, it still decides ties.
+    keys = [(reward + name.temperature * each, each) for reward, each in zip(rewards, noise, strict=True)]
     return sorted(range(len(rewards)), key=lambda position: keys[position], reverse=True)

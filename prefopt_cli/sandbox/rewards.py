@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from prefopt_cli.sandbox.grammar import CHOICES, GRADES, ITEMS, PROBLEMS, SLOTS, Choice, Prompt, fill
+from prefopt_cli.sandbox.grammar import CHOICES, GRADES, ITEMS, PROBLEMS, SLOTS, Choice, Prompt, reply_text
 
 REMEDY_POINTS, NAMING_POINTS = 3.0, 1.0
 WORDS_PER_POINT = 5.0
@@ -17,8 +17,8 @@ WORDS_PER_POINT = 5.0
 @cache
 def words(choice: Choice) -> int:
     """Number of words of a reply."""
-    # All items are one word.
-    return sum(len(fill(slot[n], ITEMS[0]).split()) for slot, n in zip(SLOTS, choice, strict=True))
+    # All items are one word. A slot alone will not do: a full stop belongs to the word before it.
+    return len(reply_text(Prompt(ITEMS[0], "", ""), choice).split())
 
 
 @cache

@@ -25,6 +25,9 @@ SOURCES = ("grammar.py", "settings.py", "base.py", "sampling.py", "making.py")
 """Whatever is written in these modules may change the world's content."""
 
 DESCRIPTION = "world.json"
+PARTS = (DESCRIPTION, "base/model.safetensors", "train.jsonl", "test.jsonl")
+WAIT = 5
+"""Seconds between two words about waiting."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def world_folder(seed: int, settings: WorldSettings = STANDARD) -> Path:
 def find_world(seed: int, settings: WorldSettings = STANDARD) -> World | None:
     """The world, if it has been made."""
     folder = world_folder(seed, settings)
-    return World(folder, seed) if (folder / DESCRIPTION).is_file() else None
+    complete = all((folder / part).exists() for part in PARTS)
+    return World(folder, seed) if complete else None
 
 
 def open_world(
@@ -105,15 +109,17 @@ def open_world(
 def _alone(folder: Path, progress: Progress | None) -> Iterator[None]:
     """Only one process makes a world; the others wait for it."""
     lock = FileLock(f"{folder}.lock")
-    waited = 0
+    task, waited = "waiting for another process that builds the sandbox (seconds)", 0
     while True:
         try:
-            lock.acquire(timeout=5)
+            lock.acquire(timeout=WAIT)
             break
         except Timeout:
-            waited += 5
+            waited += WAIT
             if progress:
-                progress("waiting for another process that builds the sandbox (seconds)", waited, waited + 60)
+                progress(task, waited, waited + 1)  # nobody knows for how long
+    if waited and progress:
+        progress(task, waited, waited)
     try:
         yield
     finally:

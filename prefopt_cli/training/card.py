@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from prefopt_cli.data.sources import looks_like_hub_id
 from prefopt_cli.recipe.schema import Recipe
 
 CITATIONS = {
@@ -59,9 +60,7 @@ def _front_matter(recipe: Recipe, lineage: dict[str, Any], adapter: bool) -> dic
     # The hub resolves these names, so a local path must not stand here.
     if not Path(lineage["weights"]).exists():
         front["base_model"] = lineage["weights"]
-    hub_sets = [
-        source.source for source in recipe.dataset.train if not Path(source.source).expanduser().exists()
-    ]
+    hub_sets = [source.source for source in recipe.dataset.train if looks_like_hub_id(source)]
     if hub_sets:
         front["datasets"] = hub_sets
     return front
@@ -72,7 +71,5 @@ def _receipt_table(receipt: dict[str, Any]) -> str:
     for name, record in receipt["sets"].items():
         for source in record["sources"]:
             dropped = ", ".join(f"{reason}: {count}" for reason, count in source["dropped"].items()) or "none"
-            # A path of this machine means nothing to a reader elsewhere.
-            where = Path(source["source"]).name
-            rows.append(f"| {name} | {where} | {source['read']} | {source['kept']} | {dropped} |")
+            rows.append(f"| {name} | {source['source']} | {source['read']} | {source['kept']} | {dropped} |")
     return "\n".join(rows)

@@ -37,7 +37,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     Raises:
         UserError: the model, the tokenizer or the data cannot be used as they are.
     """
-    source = find_policy(recipe.model)
+    source = find_policy(recipe.model, reporter.progress)
     if not source.is_local:  # without a connection the hub's client takes its time to give up
         reporter.message(f"Looking for {source.weights} in the hub's cache and on the hub.")
     config = loading.load_config(source, recipe.model)

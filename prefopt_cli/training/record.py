@@ -53,6 +53,7 @@ def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     source = prepared.source
     lineage: dict[str, Any] = {
         "policy": source.describe(),
+        "name": source.name,
         "weights": source.weights,
         "adapter": str(source.adapter) if source.adapter else None,
         "fingerprint": fingerprint(source, getattr(prepared.config, "_commit_hash", None)),

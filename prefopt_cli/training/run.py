@@ -157,8 +157,9 @@ def _require_elsewhere(run: RunFolder, recipe: Recipe, source: PolicySource) -> 
     sets = [recipe.dataset.train, *recipe.dataset.eval.values()]
     read = [source.weights, source.adapter, recipe.model.chat_template]
     read += [each.source for sources in sets for each in sources]
-    for place in read:
-        if place and Path(place).expanduser().resolve().is_relative_to(run.path.resolve()):
+    # A hub id or a scheme's name is no place here, whatever folder it would resolve to.
+    for place in (Path(each).expanduser() for each in read if each):
+        if place.exists() and place.resolve().is_relative_to(run.path.resolve()):
             raise UserError(
                 f"output_dir {run.path} holds {place}, which the run reads. Choose another output_dir."
             )

@@ -17,6 +17,10 @@ COMMANDS = [
     ("recipe", "show"),
     ("recipe", "new"),
     ("recipe", "schema"),
+    ("sandbox",),
+    ("sandbox", "build"),
+    ("sandbox", "info"),
+    ("sandbox", "sample"),
 ]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "yaml", "numpy"}
 
@@ -54,7 +58,7 @@ def test_completion_knows_the_commands() -> None:
             "COMP_CWORD": "1",
         },
     )
-    assert {"train", "check", "recipe"} <= set(done.stdout.split())
+    assert {"train", "check", "recipe", "sandbox"} <= set(done.stdout.split())
 
 
 def test_version(prefopt: Prefopt) -> None:

@@ -12,6 +12,7 @@ import pytest
 from prefopt_cli import data
 from prefopt_cli.errors import UserError
 from tests.data.build import chat_row, jsonl, row, rows, settings
+from tests.toy_scheme import ROWS as TOYS
 
 ROWS = rows(10)
 
@@ -163,3 +164,61 @@ def test_the_libraries_settings_are_left_as_they_were(tmp_path: Path) -> None:
     before = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     data.load(settings(jsonl(tmp_path / "p.jsonl", ROWS)))
     assert (datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()) == before
+
+
+@pytest.mark.usefixtures("toy_scheme")
+def test_a_schemes_rows_split_and_sliced_under_its_name() -> None:
+    name = "toy:rows/size=0.5"
+    for source, label, numbers in (
+        ({}, name, range(10)),
+        ({"split": "test"}, f"{name}/test", range(3)),
+        ({"split": "train[20%:50%]"}, f"{name}/train[20%:50%]", range(2, 5)),
+        ({"split": "train[8:]+test[:1]"}, f"{name}/train[8:]+test[:1]", [8, 9, 0]),
+        ({"config": "plain"}, f"{name}/plain", range(10)),
+    ):
+        loaded = data.load(settings({"source": name, **source}))
+        assert [p.prompt for p in loaded.train] == [TOYS[n]["prompt"] for n in numbers]
+        assert [p.pair_id for p in loaded.train] == [f"{label}:{n}" for n in range(len(numbers))]
+        assert loaded.receipt.sets["train"].sources[0].source == label
+    own = data.load(settings({"source": name, "columns": {"id": "id"}, "split": "train[4:]"})).train
+    assert own[0].pair_id == f"{name}/train[4:]:q4"
+
+
+@pytest.mark.usefixtures("toy_scheme")
+def test_a_schemes_work_is_shown() -> None:
+    seen: list[tuple[str, int, int]] = []
+    data.load(settings("toy:rows"), progress=lambda *step: seen.append(step))
+    assert seen[0] == ("making toy rows", 10, 10)
+
+
+@pytest.mark.usefixtures("toy_scheme")
+def test_what_a_scheme_does_not_have_is_told_as_elsewhere() -> None:
+    for source, words in (
+        ({"split": "dev"}, "toy:rows has no split 'dev'; it has train, test"),
+        ({"split": "train[:x]"}, r"'train\[:x\]' is not understood"),
+        ({"split": "train[50:]"}, r"split train\[50:\] holds no rows"),
+        ({"revision": "main"}, "not on the hub, so `revision: main` has no meaning"),
+        ({"config": "fancy"}, "no such toy"),
+    ):
+        with pytest.raises(UserError, match=words):
+            data.load(settings({"source": "toy:rows", **source}))
+
+
+def test_a_file_may_have_a_colon_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "run:7.jsonl", ROWS)
+    assert data.load(settings("run:7.jsonl")).train[0].pair_id == "run:7.jsonl:0"
+    with pytest.raises(UserError, match="'run' is not a known kind of source"):
+        data.load(settings("run:8.jsonl"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("sandbox")
+def test_the_sandboxs_preferences() -> None:
+    test = {"source": "sandbox:helpful", "split": "test"}
+    loaded = data.load(settings("sandbox:helpful", eval={"helpful": test}))
+    train, helpful = loaded.receipt.sets["train"], loaded.receipt.sets["helpful"]
+    assert (train.rows, train.prompts) == (5000, 2500)
+    assert (helpful.rows, helpful.prompts, helpful.leaked_prompts) == (1000, 500, 0)
+    with pytest.raises(UserError, match=r"sandbox:helpful/ranked: .* only pairs can be trained on"):
+        data.load(settings({"source": "sandbox:helpful", "config": "ranked"}))

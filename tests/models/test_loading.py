@@ -119,6 +119,12 @@ def test_the_tokenizer_beside_the_adapter_wins(
     assert loading.load_tokenizer(trained, _settings(base)).chat_template != "mine"
 
 
+def test_a_named_model_is_told_with_its_place(tmp_path: Path) -> None:
+    source = PolicySource(str(tmp_path), name="toy:x")
+    with pytest.raises(UserError, match=f"model toy:x \\({tmp_path}\\) cannot be loaded"):
+        loading.load_config(source, _settings(source))
+
+
 CODE = """
 from pathlib import Path
 Path({witness!r}).write_text("ran")

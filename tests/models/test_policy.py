@@ -25,9 +25,9 @@ def _adapter(folder: Path, **config: Any) -> Path:
     return folder
 
 
-def _run(folder: Path, status: str) -> Path:
+def _run(folder: Path, status: str, **others: Any) -> Path:
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps({"status": status}))
+    (folder / "manifest.json").write_text(json.dumps({"status": status, **others}))
     return folder
 
 
@@ -57,6 +57,39 @@ def test_run_folders(tmp_path: Path) -> None:
     lora = _run(tmp_path / "lora", "finished")
     _adapter(lora / "model", base_model_name_or_path=str(full / "model"))
     assert _find(lora) == PolicySource(str(full / "model"), lora / "model", lora)
+
+
+@pytest.mark.usefixtures("toy_scheme")
+def test_a_schemes_model_is_called_by_its_name(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    name = f"toy:{tmp_path}/m"
+    found = find_policy(ModelSettings(name_or_path=name), lambda *step: seen.append(step))
+    assert found == PolicySource(f"{tmp_path}/m", name=name)
+    assert found.is_local
+    assert describe_reference(found, "none") == f"a frozen copy of {name}"
+    assert seen == [("making a toy model", 1, 1)]
+
+
+@pytest.mark.usefixtures("toy_scheme")
+def test_an_adapter_on_a_schemes_model(tmp_path: Path) -> None:
+    """It keeps the model's name through its run, and the model is made again where it is gone."""
+    base, name = tmp_path / "cache" / "m", f"toy:{tmp_path}/cache/m"
+    run = _run(tmp_path / "run", "finished", lineage={"name": name, "weights": str(base)})
+    adapter = _adapter(run / "model", base_model_name_or_path=str(base))
+    assert _find(run) == PolicySource(str(base), adapter, run, name)
+    assert (base / "config.json").is_file()
+    elsewhere = _model(tmp_path / "elsewhere")
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(elsewhere)}))
+    assert _find(run) == PolicySource(str(elsewhere), adapter, run)
+
+
+@pytest.mark.usefixtures("toy_scheme")
+def test_full_weights_of_a_run_are_no_longer_the_schemes_model(tmp_path: Path) -> None:
+    base = tmp_path / "gone"
+    run = _run(tmp_path / "run", "finished", lineage={"name": f"toy:{base}", "weights": str(base)})
+    model = _model(run / "model")
+    assert _find(run) == PolicySource(str(model), None, run)
+    assert not base.exists()
 
 
 def test_hub_ids() -> None:
@@ -89,6 +122,8 @@ def test_places_that_hold_no_policy(tmp_path: Path) -> None:
         _run(tmp_path / "run", "interrupted"): "'interrupted'.*--resume",
         "./nothing": "there is no folder",
         "a/b/c": "there is no folder",
+        "moon:base": "'moon' is not a known kind of model",
+        "sandbox:helpful": "sandbox:helpful is a dataset",
     }.items():
         with pytest.raises(UserError, match=words):
             _find(place)

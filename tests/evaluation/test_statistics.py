@@ -1,9 +1,9 @@
-"""The intervals that the benchmarks quote."""
+"""Means and their intervals."""
 
 import numpy as np
 import pytest
 
-from benchmarks.statistics import mean_with_interval
+from prefopt_cli.evaluation.statistics import mean_with_interval
 
 
 def test_by_hand() -> None:

@@ -1,0 +1,127 @@
+"""`prefopt sandbox info`."""
+
+from typing import TYPE_CHECKING
+
+import typer
+
+from prefopt_cli.cli.common import (
+    DebugOption,
+    JsonOption,
+    WorldSeedOption,
+    prepare_libraries,
+    standard_output,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+    from prefopt_cli.sandbox.facts import Facts
+
+EPILOG = "Example: prefopt sandbox info --json"
+
+
+def info(seed: WorldSeedOption = 0, json: JsonOption = False, debug: DebugOption = False) -> None:
+    """Say what the sandbox is: prompts, replies, gold rewards, rows, and how noisy the labels are.
+
+    Nothing is built.
+    """
+    prepare_libraries()
+    from prefopt_cli.sandbox.facts import describe
+
+    facts = describe(seed)
+    if json:
+        from json import dumps
+
+        typer.echo(dumps(facts.to_dict()))
+        return
+    console = standard_output()
+    for line in _introduction(facts):
+        _print(console, line)
+    _print_dimensions(facts, console)
+    for line in _examples(facts):
+        _print(console, line)
+    for line in _ending(facts):
+        _print(console, line)
+
+
+def _print(console: "Console", line: str = "") -> None:
+    console.print(line, markup=False, soft_wrap=not console.is_terminal)
+
+
+def _introduction(facts: "Facts") -> "Iterator[str]":
+    yield (
+        f"Customers' messages and replies to them: {facts.prompts:,} prompts, {facts.replies:,} well-formed replies to "
+        f"each, and {len(facts.dimensions)} gold rewards computed by code."
+    )
+    yield ""
+    for name, dimension in facts.dimensions.items():
+        yield f"  {name:<8} {dimension.meaning}"
+    yield ""
+
+
+def _print_dimensions(facts: "Facts", console: "Console") -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
+    table.add_column("gold reward")
+    titles = ["least", "most", "levels", "malformed"]
+    if facts.labels:
+        titles += ["base mean", "base std", "labels agree", "best accuracy"]
+    for title in titles:
+        # Rich would rather cut words off than fold a title between them.
+        table.add_column(title, justify="right", min_width=max(map(len, title.split())))
+    for name, dimension in facts.dimensions.items():
+        cells = [
+            f"{dimension.least:.2f}",
+            f"{dimension.most:.2f}",
+            str(dimension.levels),
+            f"{dimension.malformed:.2f}",
+        ]
+        if labels := facts.labels.get(name):
+            cells += [f"{labels.mean:.2f}", f"{labels.std:.2f}"]
+            cells += [f"{labels.agree:.1%}", f"{labels.best_accuracy:.1%}"]
+        table.add_row(name, *cells)
+    console.print(table)
+    if facts.labels:
+        _print(console)
+        _print(
+            console,
+            "labels agree: held-out pairs at temperature 1 whose chosen reply has the higher gold reward; best "
+            "accuracy: what a policy gets there that knows the gold reward and guesses between equals.",
+        )
+    _print(console)
+    _print(console, "Better in one and worse in the other, of all pairs of replies to a prompt:")
+    for dimensions, share in facts.conflicts.items():
+        _print(console, f"  {dimensions.replace('/', ' against '):<24} {share:.1%}")
+    _print(console)
+
+
+def _examples(facts: "Facts") -> "Iterator[str]":
+    yield "An example prompt, with its best and its worst reply in each dimension:"
+    yield ""
+    yield from (f"  {line}" for line in facts.example.splitlines())
+    for name, dimension in facts.dimensions.items():
+        yield f"  {name}"
+        for one in (dimension.best, dimension.worst):
+            yield f"    {one.reward:5.2f} {one.reply}"
+    yield ""
+
+
+def _ending(facts: "Facts") -> "Iterator[str]":
+    most = "" if facts.is_built else "at most "
+    yield "Preference data, labelled anew for each dimension:"
+    for split, rows in facts.rows.items():
+        yield (
+            f"  {split:<5} {most}{rows.pairs:,} pairs or {rows.lists:,} lists of {rows.list_length}, "
+            f"on {rows.prompts:,} prompts"
+        )
+    yield "versions: " + ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    if facts.bytes is not None:
+        yield f"built: {facts.folder} ({facts.bytes / 1e6:.1f} MB)"
+        return
+    seed = f" --seed {facts.seed}" if facts.seed else ""
+    yield f"not built yet; it will lie in {facts.folder}"
+    yield f"The base policy's rewards and the labels' noise are known after: prefopt sandbox build{seed}"

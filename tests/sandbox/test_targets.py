@@ -1,0 +1,87 @@
+"""Targets against what minimising the very loss finds."""
+
+import numpy as np
+import pytest
+import torch
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS
+from prefopt_cli.recipe.schema import GPOSettings
+from prefopt_cli.sandbox.targets import closed_form, log_normalised, softmax_target, total_variation
+
+REWARDS = np.array([0.0, 0.3, 1.0, 1.0, 2.5, -1.0, 0.7])
+BASE = log_normalised(np.array([0.0, 1.0, 0.5, -1.0, -0.5, 0.2, 0.0]))
+
+
+def _minimiser(loss: str, beta: float, temperature: float) -> np.ndarray:
+    """A free categorical policy, trained on all pairs of two independent draws from the base policy."""
+    base, rewards = torch.tensor(BASE), torch.tensor(REWARDS)
+    pairs = base.exp()[:, None] * base.exp()[None, :]
+    preferred = torch.sigmoid((rewards[:, None] - rewards[None, :]) / temperature)
+    scores = base.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [scores], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        log_ratio = scores.log_softmax(0) - base
+        z = beta * (log_ratio[:, None] - log_ratio[None, :])
+        f = CONVEX_FUNCTIONS[loss]
+        value = (pairs * (preferred * f(z) + (1 - preferred) * f(-z))).sum()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return scores.detach().log_softmax(0).numpy()
+
+
+@pytest.mark.parametrize("loss", ["logistic", "savage", "exponential", "squared"])
+@pytest.mark.parametrize(("beta", "temperature"), [(1.0, 1.0), (0.5, 2.0)])
+def test_closed_forms_are_the_minimisers(loss: str, beta: float, temperature: float) -> None:
+    target = closed_form(GPOSettings(name="gpo", loss=loss, beta=beta), temperature)
+    assert target is not None
+    found = target.distribution(BASE, REWARDS)
+    assert total_variation(_minimiser(loss, beta, temperature), found) < 1e-4
+
+
+def test_the_forms_differ_where_they_should() -> None:
+    """The test above must be able to fail."""
+    made = {
+        loss: closed_form(GPOSettings(name="gpo", loss=loss, beta=1.0), 1.0)
+        for loss in ("logistic", "exponential", "squared")
+    }
+    logps = {loss: target.distribution(BASE, REWARDS) for loss, target in made.items() if target}
+    assert total_variation(logps["logistic"], logps["exponential"]) > 0.05
+    assert total_variation(logps["exponential"], logps["squared"]) > 0.01
+
+
+def test_without_label_noise() -> None:
+    """The log-odds are infinite, so only squared, which is bounded, keeps its form."""
+    assert closed_form(GPOSettings(name="gpo", loss="logistic"), 0.0) is None
+    squared = closed_form(GPOSettings(name="gpo", loss="squared", beta=1.0), 0.0)
+    assert squared is not None
+    sharp = closed_form(GPOSettings(name="gpo", loss="squared", beta=1.0), 1e-6)
+    assert sharp is not None
+    assert np.allclose(squared.distribution(BASE, REWARDS), sharp.distribution(BASE, REWARDS))
+
+
+def test_no_form_is_claimed_where_there_is_none() -> None:
+    for loss in ("hinge", "truncated_quadratic", "my_module:f"):
+        assert closed_form(GPOSettings(name="gpo", loss=loss), 1.0) is None
+    assert closed_form(GPOSettings(name="gpo", loss="logistic", length_normalize=True), 1.0) is None
+
+
+def test_softmax_by_hand() -> None:
+    logps = softmax_target(2.0).distribution(BASE[:2], np.array([0.0, 2 * np.log(3.0)]))
+    assert np.exp(logps) == pytest.approx([0.25, 0.75])
+    with pytest.raises(UserError, match="positive"):
+        softmax_target(0.0)
+
+
+def test_total_variation_by_hand() -> None:
+    target = np.log([0.5, 0.5])
+    assert total_variation(np.log([0.5, 0.5]), target) == pytest.approx(0.0)
+    assert total_variation(np.log([0.9, 0.1]), target) == pytest.approx(0.4)
+    # A fifth of this policy's samples are no replies at all; the target has none of them.
+    assert total_variation(np.log([0.4, 0.4]), target) == pytest.approx(0.2)

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefopt_cli.evaluation.statistics import mean_with_interval
 from prefopt_cli import data
+from prefopt_cli.evaluation.statistics import mean_with_interval
 from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS
 from prefopt_cli.models.loading import load_tokenizer
 from prefopt_cli.models.policy import find_policy

@@ -40,6 +40,8 @@ def pairs(rows: Sequence[PoolRow], split: str, name: PreferencesName) -> Iterato
     """
     for number, row in enumerate(rows):
         for part, places in enumerate(MATCHES[name.dimension]):
+            if max(places) >= len(row.replies):
+                continue
             first, second = (row.replies[place] for place in places)
             row_id = f"{split}-{number:05}-{part}"
             gold = [text_rewards(row.prompt, text) for text in (first, second)]

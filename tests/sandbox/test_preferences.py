@@ -120,11 +120,12 @@ def test_two_temperatures_share_their_noise() -> None:
 )
 def test_dimensions_worlds_and_splits_have_noise_of_their_own(other: PreferencesName) -> None:
     """The two replies are worth the same in both dimensions, so that only noise decides."""
-    useless = (" We will explain how to use your lamp.", " We will send the missing part of your lamp.")
-    rows = [PoolRow(PROMPT, useless)] * 2000
+    one, other_one = " We will explain how to use your lamp.", " We will send the missing part of your lamp."
+    # Whichever replies a dimension compares, they are these two.
+    rows = [PoolRow(PROMPT, (one, other_one, other_one, one))] * 1000
 
     def firsts(name: PreferencesName, split: str) -> list[bool]:
-        return [row["chosen"] == rows[0].replies[0] for row in pairs(rows, split, name)]
+        return [row["chosen"] == one for row in pairs(rows, split, name)]
 
     own = firsts(PreferencesName("helpful"), "train")
     for different in (firsts(other, "train"), firsts(PreferencesName("helpful"), "test")):
@@ -153,6 +154,17 @@ def test_a_prompt_gives_two_pairs_of_its_four_replies() -> None:
             assert {found["chosen"], found["rejected"]} == {
                 row.replies[place] for place in MATCHES["polite"][part]
             }
+
+
+def test_dimensions_compare_different_replies() -> None:
+    """Otherwise a mixture of dimensions would lose the pairs that both label alike, as duplicates."""
+    row = made_up_rows(1)[0]
+    compared = [
+        frozenset((made["chosen"], made["rejected"]))
+        for dimension in DIMENSIONS
+        for made in pairs([row], "train", PreferencesName(dimension))
+    ]
+    assert len(set(compared)) == 2 * len(DIMENSIONS)
 
 
 def test_best_of_n_is_the_winner_of_the_ranking() -> None:

@@ -100,8 +100,8 @@ def table(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
         "# GPO losses in the sandbox",
         "",
         f"recipes/gpo-sandbox.yaml with {seeds} seeds each, judged on {SETTINGS.prompts} held-out prompts with "
-        f"{SETTINGS.per_prompt} samples each: means over the seeds, in brackets the least and the most. Rewards and win "
-        "rates are by the gold reward `helpful`, against the base policy. Total variation to the loss's closed form is "
+        f"{SETTINGS.per_prompt} samples each: means over the seeds, in brackets the least and the most. Rewards and "
+        "win rates are by the gold reward `helpful`, against the base policy. Total variation to the closed form is "
         f"exact, on {SETTINGS.exact_prompts} prompts. Made by `python -m benchmarks.sandbox_gpo`.",
         "",
         "| loss | beta | win rate, % | gold reward gained | KL, nats | entropy, nats | well-formed, % "
@@ -126,8 +126,8 @@ def table(rows: list[dict[str, Any]], versions: dict[str, str]) -> str:
     lines += [
         "",
         f"The 95 % interval of the reward gained excludes zero in {significant} of {len(rows)} runs. "
-        f"The base policy: gold reward {rows[0]['base']['reward/helpful']:.2f}, entropy {rows[0]['base']['entropy']:.2f} "
-        f"nats, {rows[0]['base']['well_formed']:.1%} well-formed.",
+        f"The base policy: gold reward {rows[0]['base']['reward/helpful']:.2f}, "
+        f"entropy {rows[0]['base']['entropy']:.2f} nats, {rows[0]['base']['well_formed']:.1%} well-formed.",
         "",
         f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
         "",

@@ -19,7 +19,6 @@ WORD = r" ?[A-Za-z]+|[^A-Za-z ]"
 
 CONTEXT = 128
 THREADS = 2
-"""Sums in another number of threads would round differently."""
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -54,7 +53,7 @@ def build(
 ) -> None:
     """Train the base policy and save it with its tokenizer; the same seed gives the same bytes."""
     tokenizer = build_tokenizer()
-    with fixed_threads(), torch.random.fork_rng(devices=[]):
+    with fixed_threads(THREADS), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(tokenizer, settings))
         _train(model, _texts(tokenizer, prompts, seed), settings, progress)
@@ -137,10 +136,10 @@ def _padded(batch: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, T
 
 
 @contextmanager
-def fixed_threads() -> Iterator[None]:
-    """The same number of threads whatever the environment says."""
+def fixed_threads(count: int) -> Iterator[None]:
+    """So many threads whatever the environment says: sums in another number of them round differently."""
     before = torch.get_num_threads()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(count)
     try:
         yield
     finally:

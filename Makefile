@@ -28,11 +28,37 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# A tiny random model and made-up pairs, written into build/quickstart: no hub, no GPU, about a minute.
+# The sandbox: a small world whose true reward is known. It is built once, into the user's cache folder; a second
+# quickstart replaces the first one's run. No hub, no GPU.
 quickstart: setup
-	$(BIN)/python -m tests.tiny build/quickstart
-	$(BIN)/prefopt check recipes/gpo-quickstart.yaml
-	$(BIN)/prefopt train recipes/gpo-quickstart.yaml --overwrite
+	$(BIN)/prefopt sandbox build
+	$(BIN)/prefopt check recipes/gpo-sandbox.yaml --pairs 1
+	$(BIN)/prefopt train recipes/gpo-sandbox.yaml output_dir=runs/quickstart --overwrite
+	$(BIN)/prefopt sandbox score runs/quickstart --show 3
+	@echo "$$WHAT_NEXT"
+
+# Every command of it is run by tests/test_docs.py.
+define WHAT_NEXT
+
+What to try next, after `source $(BIN)/activate`. Training takes about a minute each time.
+
+Another loss, and both policies side by side:
+  prefopt train recipes/gpo-sandbox.yaml method.loss=squared method.beta=0.25 output_dir=runs/squared
+  prefopt sandbox score runs/squared runs/quickstart
+
+A weaker and a stronger pull towards the base policy, with a picture of win rate against KL:
+  prefopt train recipes/gpo-sandbox.yaml method.beta=0.1 output_dir=runs/beta-0.1
+  prefopt train recipes/gpo-sandbox.yaml method.beta=2 output_dir=runs/beta-2
+  prefopt sandbox score runs/beta-0.1 runs/quickstart runs/beta-2 --plot runs/kl-win-rate.png
+
+Another dimension, from where the quickstart ended:
+  prefopt train recipes/gpo-sandbox.yaml model.name_or_path=runs/quickstart dataset.train=sandbox:polite output_dir=runs/polite
+  prefopt sandbox score runs/polite --against runs/quickstart
+
+Your own model and data (docs/recipes.md, docs/data.md), and what the sandbox is (docs/sandbox.md):
+  prefopt recipe new gpo --output my.yaml
+endef
+export WHAT_NEXT
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache

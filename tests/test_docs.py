@@ -4,14 +4,17 @@ In fenced ``bash`` blocks of README.md, CONTRIBUTING.md and docs/, each command 
 ``torchrun -m prefopt_cli``) must parse: its subcommand and options exist. The commands of one page are then run
 in their order, in one folder, where tiny stand-ins lie under the names of the hub's models and data. A recipe
 that no earlier command wrote is the starter; one whose data is not there (a shipped recipe on a file of yours)
-is only loaded. `make` targets must exist.
+is only loaded. Pages that use the sandbox take its full world, which is built once, and so are slow; their Python
+runs too. `make` targets must exist, and the quickstart and what it proposes are judged like a page.
 """
 
 import re
 import shlex
 import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import datasets
@@ -20,6 +23,7 @@ import typer.main
 
 from prefopt_cli.cli.main import app
 from prefopt_cli.recipe import load_recipe
+from prefopt_cli.recipe.schemes import has_scheme
 from prefopt_cli.recipe.starter import starter_recipe
 from tests.cli.conftest import (
     Prefopt,
@@ -37,6 +41,12 @@ FENCED = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOT
 MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B")
 DATA = "trl-lib/ultrafeedback_binarized"
 QUICK = ["training.max_steps=2", "training.gradient_accumulation_steps=1"]
+FEW_PAIRS = ["dataset.train.0.limit=32", "dataset.eval.heldout.0.limit=16"]
+"""For the sandbox's recipe: its training source and its eval set."""
+FEW_SAMPLES = ["--prompts", "4", "--per-prompt", "2", "--exact-prompts", "1"]
+"""For `prefopt sandbox score`; of an option that is given twice the later one counts."""
+SANDBOX = re.compile(r"\bprefopt sandbox |\bgpo-sandbox\.yaml")
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -56,10 +66,10 @@ class Command:
         return Path(words[0]) if self.arguments[0] in ("check", "train") and words else None
 
 
-def _lines(page: Path) -> list[list[str]]:
+def _lines(blocks: list[str]) -> list[list[str]]:
     """The words of every simple command, comments left out."""
     lines = []
-    for block in FENCED.findall(page.read_text(encoding="utf-8")):
+    for block in blocks:
         for line in block.replace("\\\n", " ").splitlines():
             for part in re.split(r"&&|;", line.removeprefix("$ ")):
                 words = shlex.split(part, comments=True)
@@ -68,9 +78,13 @@ def _lines(page: Path) -> list[list[str]]:
     return lines
 
 
-def _commands(page: Path) -> list[Command]:
+def _blocks(page: Path) -> list[str]:
+    return FENCED.findall(page.read_text(encoding="utf-8"))
+
+
+def _commands(blocks: list[str]) -> list[Command]:
     commands = []
-    for words in _lines(page):
+    for words in _lines(blocks):
         if "|" in words:
             words = words[: words.index("|")]
         output = None
@@ -86,6 +100,15 @@ def _commands(page: Path) -> list[Command]:
     return commands
 
 
+def _quickstart() -> list[str]:
+    """What `make quickstart` runs once everything is installed, and the commands that it proposes at its end."""
+    dry = ["make", "--dry-run", "--no-print-directory", "--assume-old=.venv/.ready", "quickstart"]
+    asked = subprocess.run(dry, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    text = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    proposed = text.split("define WHAT_NEXT")[1].split("endef")[0]
+    return [asked, "\n".join(line for line in proposed.splitlines() if line.startswith("  "))]
+
+
 def _parse(arguments: list[str]) -> None:
     """Fail as click does: no such command, no such option, an argument too many."""
     command: click.Command = typer.main.get_command(app)
@@ -96,9 +119,15 @@ def _parse(arguments: list[str]) -> None:
     command.make_context(command.name, list(arguments))
 
 
+def _page(page: Path) -> Any:
+    """A page as a parameter of a test that runs its commands."""
+    uses_sandbox = any(SANDBOX.search(block) for block in _blocks(page))
+    return pytest.param(page, id=page.name, marks=[pytest.mark.slow] if uses_sandbox else [])
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_exist(page: Path) -> None:
-    for command in _commands(page):
+    for command in _commands(_blocks(page)):
         if any(word.startswith("-") for word in command.arguments[:1]):
             continue  # prefopt --version, --help
         _parse(command.arguments)
@@ -106,14 +135,29 @@ def test_commands_exist(page: Path) -> None:
 
 def test_there_are_commands_to_judge() -> None:
     """A change of the pages' style must not empty the tests."""
-    found = [command for page in PAGES if page.exists() for command in _commands(page)]
-    assert {command.arguments[0] for command in found} >= {"train", "check", "recipe"}
+    found = [command for page in PAGES if page.exists() for command in _commands(_blocks(page))]
+    assert {command.arguments[0] for command in found} >= {"train", "check", "recipe", "sandbox"}
+
+
+def test_the_quickstart_goes_all_the_way() -> None:
+    """Build, check, train into a folder of its own, score that very run; and there is more to try."""
+    steps, proposed = (_commands([block]) for block in _quickstart())
+    run, recipe = "runs/quickstart", "recipes/gpo-sandbox.yaml"
+    assert [command.arguments for command in steps] == [
+        ["sandbox", "build"],
+        ["check", recipe, "--pairs", "1"],
+        ["train", recipe, f"output_dir={run}", "--overwrite"],
+        ["sandbox", "score", run, "--show", "3"],
+    ]
+    assert len(proposed) >= 6
+    for command in (*steps, *proposed):
+        _parse(command.arguments)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_targets_of_make_exist(page: Path) -> None:
     targets = re.findall(r"^([a-z]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
-    wanted = {word for words in _lines(page) if words[0] == "make" for word in words[1:]}
+    wanted = {word for words in _lines(_blocks(page)) if words[0] == "make" for word in words[1:]}
     assert wanted <= set(targets)
 
 
@@ -127,7 +171,6 @@ def stand_ins(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         {name: datasets.Dataset.from_list(rows) for name, rows in sets.items()}
     ).save_to_disk(tmp_path / DATA)
     shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")
-    shutil.copytree(tiny_world, tmp_path / "build" / "quickstart")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -136,12 +179,26 @@ def _data_is_there(recipe: Path, overrides: list[str]) -> bool:
     loaded = load_recipe(recipe, overrides)
     sources = [source.source for source in loaded.dataset.train]
     sources += [source.source for each in loaded.dataset.eval.values() for source in each]
-    return all(Path(place).exists() for place in (*sources, loaded.model.name_or_path))
+    places = (*sources, loaded.model.name_or_path)
+    return all(has_scheme(place) or Path(place).exists() for place in places)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", map(_page, PAGES))
 def test_commands_run_in_their_order(page: Path, prefopt: Prefopt, stand_ins: Path) -> None:  # noqa: F811
-    for command in _commands(page):
+    _run(_commands(_blocks(page)), prefopt, stand_ins)
+    for code in PYTHON.findall(page.read_text(encoding="utf-8")):
+        exec(code, {})
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs(prefopt: Prefopt, stand_ins: Path) -> None:  # noqa: F811
+    _run(_commands(_quickstart()), prefopt, stand_ins)
+    assert (stand_ins / "runs" / "kl-win-rate.png").is_file()
+
+
+def _run(commands: list[Command], prefopt: Prefopt, folder: Path) -> None:  # noqa: F811
+    """All of them, quickly."""
+    for command in commands:
         arguments, recipe = list(command.arguments), command.recipe
         if recipe:
             if not recipe.exists():
@@ -149,6 +206,10 @@ def test_commands_run_in_their_order(page: Path, prefopt: Prefopt, stand_ins: Pa
             overrides = [word for word in arguments[2:] if "=" in word and not word.startswith("-")]
             if command.launched or not _data_is_there(recipe, overrides):
                 continue  # it loads
+            if recipe.name == "gpo-sandbox.yaml":
+                arguments += FEW_PAIRS
+        if arguments[:2] == ["sandbox", "score"]:
+            arguments += FEW_SAMPLES
         if arguments[0] == "train":
             arguments += QUICK
             if "--resume" not in arguments and "--overwrite" not in arguments:
@@ -156,4 +217,4 @@ def test_commands_run_in_their_order(page: Path, prefopt: Prefopt, stand_ins: Pa
         result = prefopt(*arguments)
         assert result.code == 0, (arguments, result.err)
         if command.output:
-            (stand_ins / command.output).write_text(result.out)
+            (folder / command.output).write_text(result.out)

@@ -1,6 +1,6 @@
 """A tiny world made on the spot: a random 2-layer Llama, its tokenizer, and pairs with an obvious preference.
 
-`python -m tests.tiny FOLDER` writes it; `make quickstart` and many tests run on it.
+Many tests run on it. `python -m tests.tiny FOLDER` writes one to look at.
 """
 
 import json

@@ -11,6 +11,7 @@ from prefopt_cli.cli.common import (
     prepare_libraries,
     standard_output,
 )
+from prefopt_cli.cli.tables import Column, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,29 +63,25 @@ def _introduction(facts: "Facts") -> "Iterator[str]":
 
 
 def _print_dimensions(facts: "Facts", console: "Console") -> None:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
-    table.add_column("gold reward")
-    titles = ["least", "most", "levels", "malformed"]
+    columns = {
+        "least": [f"{each.least:.2f}" for each in facts.dimensions.values()],
+        "most": [f"{each.most:.2f}" for each in facts.dimensions.values()],
+        "levels": [str(each.levels) for each in facts.dimensions.values()],
+        "malformed": [f"{each.malformed:.2f}" for each in facts.dimensions.values()],
+    }
     if facts.labels:
-        titles += ["base mean", "base std", "labels agree", "best accuracy"]
-    for title in titles:
-        # Rich would rather cut words off than fold a title between them.
-        table.add_column(title, justify="right", min_width=max(map(len, title.split())))
-    for name, dimension in facts.dimensions.items():
-        cells = [
-            f"{dimension.least:.2f}",
-            f"{dimension.most:.2f}",
-            str(dimension.levels),
-            f"{dimension.malformed:.2f}",
-        ]
-        if labels := facts.labels.get(name):
-            cells += [f"{labels.mean:.2f}", f"{labels.std:.2f}"]
-            cells += [f"{labels.agree:.1%}", f"{labels.best_accuracy:.1%}"]
-        table.add_row(name, *cells)
-    console.print(table)
+        labels = [facts.labels[name] for name in facts.dimensions]
+        columns |= {
+            "base\nmean": [f"{each.mean:.2f}" for each in labels],
+            "base\nstd": [f"{each.std:.2f}" for each in labels],
+            "labels\nagree": [f"{each.agree:.1%}" for each in labels],
+            "best\naccuracy": [f"{each.best_accuracy:.1%}" for each in labels],
+        }
+    print_table(
+        console,
+        Column("gold\nreward", list(facts.dimensions)),
+        [Column(title, cells) for title, cells in columns.items()],
+    )
     if facts.labels:
         _print(console)
         _print(

@@ -56,6 +56,8 @@ def means_with_intervals(
     Raises:
         ValueError: there are no values, or not as many clusters as values.
     """
+    if not quantities:
+        return {}
     columns = np.array([np.asarray(values, dtype=float) for values in quantities.values()])
     if clusters is None:
         clusters = np.arange(columns.shape[1])

@@ -1,5 +1,6 @@
 """The bench on which policies are measured: prompts, held-out pairs, base policy and target, the same for all."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,30 +9,18 @@ from transformers import PreTrainedModel
 
 from prefopt_cli.data.examples import Progress
 from prefopt_cli.evaluation.statistics import Estimate, means_with_intervals
-from prefopt_cli.sandbox import names
 from prefopt_cli.sandbox.measure import Measured, exact_logps, measure, text_logps
-from prefopt_cli.sandbox.names import DIMENSIONS, PreferencesName
+from prefopt_cli.sandbox.names import DIMENSIONS
+from prefopt_cli.sandbox.origin import identity, is_base
+from prefopt_cli.sandbox.plan import Plan, ScoreSettings, require_prompts
 from prefopt_cli.sandbox.policies import load_policy
 from prefopt_cli.sandbox.preferences import Row, pairs
 from prefopt_cli.sandbox.rewards import reward_table
-from prefopt_cli.sandbox.targets import NamedTarget, total_variation
+from prefopt_cli.sandbox.targets import total_variation
 from prefopt_cli.sandbox.world import World
 
-BASE = f"{names.SCHEME}:{names.BASE}"
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How much is looked at."""
-
-    prompts: int = 300
-    """Held-out prompts that are sampled."""
-    per_prompt: int = 8
-    """Samples of each."""
-    exact_prompts: int = 24
-    """Of these prompts, how many have all their replies enumerated; 0: none, and no total variation."""
-    seed: int = 0
-    """Of the sampling."""
+EVEN = 0.5
+"""The win rate of a policy against one like it."""
 
 
 @dataclass(frozen=True)
@@ -52,75 +41,91 @@ class Score:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without the samples."""
-        groups = {"figures": self.figures, "changes": self.changes, "win_rates": self.win_rates}
-        return {name: {key: each.to_dict() for key, each in group.items()} for name, group in groups.items()}
+
+        def compared(estimates: dict[str, Estimate], null: float) -> dict[str, Any]:
+            return {
+                name: {**each.to_dict(), "significant": each.excludes(null)}
+                for name, each in estimates.items()
+            }
+
+        return {
+            "figures": {name: each.to_dict() for name, each in self.figures.items()},
+            "changes": compared(self.changes, 0.0),
+            "win_rates": compared(self.win_rates, EVEN),
+        }
 
 
 class Bench:
-    """Measures policies, all on the same prompts and pairs."""
+    """Measures policies, all on the same prompts and pairs.
 
-    def __init__(
-        self,
-        world: World,
-        preferences: PreferencesName,
-        settings: ScoreSettings,
-        target: NamedTarget | None,
-        progress: Progress | None,
-    ) -> None:
+    Raises:
+        UserError: the world does not hold out so many prompts.
+    """
+
+    def __init__(self, world: World, plan: Plan, progress: Progress | None = None) -> None:
         pool = world.pool("test")
-        self.settings = settings
-        self.preferences = preferences
-        self.progress = progress
-        self.prompts = [row.prompt for row in pool[: settings.prompts]]
-        self.heldout = list(pairs(pool, "test", preferences))
-        self.base, self.tokenizer = load_policy(world.base)
+        require_prompts(plan.settings, len(pool))
+        self.settings: ScoreSettings = plan.settings
+        self.dimension = plan.preferences.dimension
+        self.prompts = [row.prompt for row in pool[: plan.settings.prompts]]
+        self.heldout = list(pairs(pool, "test", plan.preferences))
+        self._progress = progress
+        self._seen: dict[str, Seen] = {}
+        self._base, self._tokenizer = load_policy(world.base)
         self._texts = [(row["prompt"], row[side]) for side in ("chosen", "rejected") for row in self.heldout]
-        self._base_margin = self._margin(self.base)
-        self._enumerated = self.prompts[: settings.exact_prompts] if target else []
-        self._targets = self._target_logps(target) if target else []
-
-    def _target_logps(self, target: NamedTarget) -> list[np.ndarray]:
-        """The target's log-probabilities of all replies to every enumerated prompt."""
-        base = exact_logps(self.base, self.tokenizer, self._enumerated, self.progress, "base policy")
-        return [
-            target.distribution(logps, reward_table(prompt.problem, self.preferences.dimension))
-            for logps, prompt in zip(base, self._enumerated, strict=True)
+        self._base_margin = self._margin(self._base)
+        self._enumerated = self.prompts[: plan.settings.exact_prompts] if plan.target else []
+        self._base_logps = self._exact(self._base, "the base policy")
+        self._targets = [
+            plan.target.distribution(logps, reward_table(prompt.problem, self.dimension))
+            for logps, prompt in zip(self._base_logps, self._enumerated, strict=True)
+            if plan.target
         ]
 
     def attainable(self) -> float:
         """How often a held-out label agrees with the gold reward; equal rewards count half."""
-        return float(_wins(np.array([self._gold_margin(row) for row in self.heldout])).mean())
+        return float(wins(np.array([self._gold_margin(row) for row in self.heldout])).mean())
 
     def look_at(self, name: str) -> "Seen":
-        """Everything about one policy."""
-        model, tokenizer = load_policy(name)
+        """Everything about one policy; it is looked at once."""
+        key = identity(name)
+        if key not in self._seen:
+            self._seen[key] = self._look_at(name)
+        return self._seen[key]
+
+    def _look_at(self, name: str) -> "Seen":
+        # All policies of a bench are of one world, which has one base policy.
+        model = self._base if is_base(name) else load_policy(name)[0]
         measured = measure(
             model,
-            self.base,
-            tokenizer,
+            self._base,
+            self._tokenizer,
             self.prompts,
             self.settings.per_prompt,
             seed=self.settings.seed,
-            progress=self.progress,
+            progress=self._progress,
             name=name,
         )
-        logps = exact_logps(model, tokenizer, self._enumerated, self.progress, name)
-        distances = [total_variation(each, target) for each, target in zip(logps, self._targets, strict=True)]
+        logps = self._base_logps if is_base(name) else self._exact(model, name)
         return Seen(
-            name,
-            measured,
-            self._margin(model),
-            self._base_margin,
-            [row["prompt"] for row in self.heldout],
-            distances,
+            name=name,
+            measured=measured,
+            margin=self._base_margin if is_base(name) else self._margin(model),
+            base_margin=self._base_margin,
+            pair_prompts=[row["prompt"] for row in self.heldout],
+            distances=[
+                total_variation(each, target) for each, target in zip(logps, self._targets, strict=True)
+            ],
         )
 
+    def _exact(self, model: PreTrainedModel, name: str) -> np.ndarray:
+        return exact_logps(model, self._tokenizer, self._enumerated, self._progress, name)
+
     def _gold_margin(self, row: Row) -> float:
-        dimension = self.preferences.dimension
-        return float(row["chosen_gold"][dimension] - row["rejected_gold"][dimension])
+        return float(row["chosen_gold"][self.dimension] - row["rejected_gold"][self.dimension])
 
     def _margin(self, model: PreTrainedModel) -> np.ndarray:
-        chosen, rejected = np.split(text_logps(model, self.tokenizer, self._texts), 2)
+        chosen, rejected = np.split(text_logps(model, self._tokenizer, self._texts), 2)
         return chosen - rejected
 
 
@@ -140,27 +145,35 @@ class Seen:
 
     def score(self, opponent: "Seen | None" = None) -> Score:
         """Means, and differences to the opponent, with intervals."""
-        own = self._by_prompt()
-        figures = means_with_intervals(own)
-        accuracies = {"heldout/logp_accuracy": _wins(self.margin)}
-        if not np.array_equal(self.margin, self.base_margin):  # implicit rewards of the base are all zero
-            accuracies["heldout/reward_accuracy"] = _wins(self.margin - self.base_margin)
-        figures |= means_with_intervals(accuracies, self.pair_prompts)
-        if self.distances:
-            figures |= means_with_intervals({"total_variation": self.distances})
         samples = [[sample.text for sample in drawn] for drawn in self.measured.samples]
+        figures = self._means(self._quantities())
         if opponent is None:
             return Score(self.name, figures, samples=samples)
-        other = opponent._by_prompt()
-        changes = means_with_intervals({name: own[name] - other[name] for name in own})
-        changes |= means_with_intervals(
-            {"heldout/logp_accuracy": _wins(self.margin) - _wins(opponent.margin)}, self.pair_prompts
-        )
-        if self.distances:
-            changes |= means_with_intervals(
-                {"total_variation": np.subtract(self.distances, opponent.distances)}
-            )
-        return Score(self.name, figures, changes, self._win_rates(opponent), samples)
+        own, other = self._quantities(), opponent._quantities()
+        differences = [
+            {name: values - others[name] for name, values in mine.items()}
+            for mine, others in zip(own, other, strict=True)
+        ]
+        return Score(self.name, figures, self._means(differences), self._win_rates(opponent), samples)
+
+    def _means(self, quantities: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Estimate]:
+        """With intervals: prompts are drawn again with all that belongs to them."""
+        by_prompt, by_pair, by_enumerated = quantities
+        return {
+            **means_with_intervals(by_prompt),
+            **means_with_intervals(by_pair, self.pair_prompts),
+            **means_with_intervals(by_enumerated),
+        }
+
+    def _quantities(self) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """What there are means of: by sampled prompt, by held-out pair, by enumerated prompt."""
+        accuracies = {
+            "heldout/logp_accuracy": wins(self.margin),
+            # The base policy's implicit rewards are all zero, so that it guesses.
+            "heldout/reward_accuracy": wins(self.margin - self.base_margin),
+        }
+        distances = {"total_variation": np.array(self.distances)} if self.distances else {}
+        return self._by_prompt(), accuracies, distances
 
     def _by_prompt(self) -> dict[str, np.ndarray]:
         """(P,) means over a prompt's samples: samples of one prompt are not independent."""
@@ -177,11 +190,11 @@ class Seen:
     def _win_rates(self, opponent: "Seen") -> dict[str, Estimate]:
         def by_prompt(dimension: str) -> np.ndarray:
             own, other = self.measured.rewards[dimension], opponent.measured.rewards[dimension]
-            return _wins(own[:, :, None] - other[:, None, :]).mean(axis=(1, 2))
+            return wins(own[:, :, None] - other[:, None, :]).mean(axis=(1, 2))
 
         return means_with_intervals({dimension: by_prompt(dimension) for dimension in DIMENSIONS})
 
 
-def _wins(differences: np.ndarray) -> np.ndarray:
+def wins(differences: np.ndarray) -> np.ndarray:
     """1 where positive, 1/2 where zero, 0 where negative."""
     return 0.5 * (1.0 + np.sign(differences))

@@ -19,7 +19,7 @@ BASE = "base"
 DIMENSIONS = {
     "helpful": "the remedy that the problem asks for, the item by its name, and when",
     "polite": "greeting, sympathy and thanks; rude sentences count against it",
-    "concise": "few words; it conflicts with both others",
+    "concise": "few words; kind sentences, and helpful details, cost some",
 }
 """What can be preferred, and what makes a reply good in it."""
 

@@ -6,13 +6,12 @@ from typing import Any
 
 from prefopt_cli.data.examples import Progress
 from prefopt_cli.errors import UserError
-from prefopt_cli.models.policy import find_policy, near_folder
+from prefopt_cli.models.policy import near_folder
 from prefopt_cli.recipe.schema import ModelSettings
-from prefopt_cli.sandbox import names
 from prefopt_cli.sandbox.grammar import Prompt, parse_reply
 from prefopt_cli.sandbox.names import DIMENSIONS
-from prefopt_cli.sandbox.origin import PREFIX, origin
-from prefopt_cli.sandbox.policies import load_policy
+from prefopt_cli.sandbox.origin import BASE, origin
+from prefopt_cli.sandbox.policies import load_policy, locate
 from prefopt_cli.sandbox.preferences import text_rewards
 from prefopt_cli.sandbox.sampling import sample_replies
 from prefopt_cli.sandbox.world import open_world
@@ -99,17 +98,13 @@ def answers(
 def _require(policy: str, progress: Progress | None) -> None:
     """Refuse what is no policy, before a world is made for it; make the world where the policy is part of it."""
     if not policy:
-        raise UserError(f"The policy has no name; write {PREFIX}{names.BASE} or a run folder.")
-    try:
-        source = find_policy(ModelSettings(name_or_path=policy), progress)
-    except UserError as error:
-        # There is no recipe whose key the reader could look up.
-        raise UserError(str(error).removeprefix("model.name_or_path: ")) from error
+        raise UserError(f"The policy has no name; write {BASE} or a run folder.")
+    source = locate(ModelSettings(name_or_path=policy), progress)
     # The hub has no policies of the sandbox, which needs no network.
     if not source.is_local:
         raise UserError(
             f"There is no folder {source.weights} in {Path.cwd()}.{near_folder(Path(source.weights))} "
-            f"Name {PREFIX}{names.BASE} or a run folder."
+            f"Name {BASE} or a run folder."
         )
 
 

@@ -1,68 +1,107 @@
 """Keeps a report: JSON in the run folders, and the picture of several policies."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.runs import atomic
 from prefopt_cli.runs.folder import RunFolder
-from prefopt_cli.sandbox.score import Report
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from prefopt_cli.evaluation.statistics import Estimate
+    from prefopt_cli.sandbox.score import Report
+
 EVALUATION = "sandbox"
 """The evaluation's name in a run folder."""
 
+SUMMARY = "summary.json"
 PICTURE = "kl_win_rate.png"
+FORMATS = (".png", ".svg")
 DOTS_PER_INCH = 150
 
 
-def write_summaries(report: Report) -> list[Path]:
-    """``eval/sandbox/summary.json`` of every run in the report: the whole report, so that it can be compared."""
-    written = []
-    for score in report.policies:
-        run = RunFolder(Path(score.name).expanduser())
-        if run.is_run():
-            folder = run.evaluation(EVALUATION)
-            folder.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(folder / "summary.json", report.to_dict())
-            written.append(folder / "summary.json")
-    return written
+@dataclass(frozen=True)
+class Saved:
+    """What was written, and what could not be; a report is never lost because a folder is read-only."""
+
+    written: list[Path] = field(default_factory=list)
+    failed: dict[Path, str] = field(default_factory=dict)
+    """By path, the reason."""
+
+    @contextmanager
+    def trying(self, path: Path) -> Iterator[None]:
+        """Around the writing of one file."""
+        try:
+            yield
+        except OSError as error:
+            self.failed[path] = error.strerror or str(error)
+        else:
+            self.written.append(path)
 
 
 def require_picture_path(path: Path) -> None:
     """Fail before the work where the picture could not be written after it.
 
     Raises:
-        UserError: no .png, or there is no such folder.
+        UserError: it is neither .png nor .svg, there is no such folder, or a folder has that name.
     """
-    if path.suffix.lower() != ".png":
-        raise UserError(f"--plot {path}: the picture is a .png file.")
-    if not path.expanduser().absolute().parent.is_dir():
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"--plot {path}: the picture is a {' or '.join(FORMATS)} file.")
+    folder = path.expanduser().absolute().parent
+    if not folder.is_dir():
         raise UserError(f"--plot {path}: there is no folder {path.parent}.")
+    if path.expanduser().is_dir():
+        raise UserError(f"--plot {path}: this is a folder.")
 
 
-def write_picture(report: Report, path: Path | None) -> Path:
-    """KL to the base policy against win rate, one point per policy; ``path`` None: beside the first summary.
+def save(report: "Report", plot: Path | None = None) -> Saved:
+    """Write the whole report into ``eval/sandbox/summary.json`` of every run, so that each can be compared.
 
-    Raises:
-        UserError: no path was given and the first policy is no run.
+    A picture is drawn where a path is given for it; of several policies also without one, beside the first summary.
     """
-    if path is None:
-        run = RunFolder(Path(report.policies[0].name).expanduser())
-        if not run.is_run():
-            raise UserError("Say with --plot where the picture is to go: the first policy is no run folder.")
-        path = run.evaluation(EVALUATION) / PICTURE
-    with atomic.file(path.expanduser()) as unfinished:
-        draw(report).savefig(unfinished, format="png", dpi=DOTS_PER_INCH)
-    return path
+    saved = Saved()
+    folders = [
+        run.evaluation(EVALUATION)
+        for run in (RunFolder(Path(score.name).expanduser()) for score in report.policies)
+        if run.is_run()
+    ]
+    for folder in folders:
+        with saved.trying(folder / SUMMARY):
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic.write_json(folder / SUMMARY, report.to_dict())
+    if plot is None and len(report.policies) > 1 and folders:
+        plot = folders[0] / PICTURE
+    if plot is not None:
+        with saved.trying(plot):
+            write_picture(report, plot)
+    return saved
 
 
-def draw(report: Report) -> "Figure":
+def write_picture(report: "Report", path: Path) -> None:
+    """KL to the base policy against win rate, one point per policy; the same report gives the same bytes."""
+    import matplotlib
+
+    kind = path.suffix.lower().removeprefix(".")
+    metadata = {"Date": None} if kind == "svg" else {}
+    with (
+        matplotlib.rc_context({"svg.hashsalt": "prefopt"}),
+        atomic.file(path.expanduser()) as unfinished,
+    ):
+        draw(report).savefig(unfinished, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
+
+
+def draw(report: "Report") -> "Figure":
     """The picture, with intervals as bars."""
     from matplotlib.figure import Figure
 
+    from prefopt_cli.sandbox.score import labels
+
+    names = labels([score.name for score in (*report.policies, report.opponent)])
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for score in report.policies:
@@ -70,20 +109,29 @@ def draw(report: Report) -> "Figure":
         axes.errorbar(
             kl.value,
             100 * won.value,
-            xerr=[[kl.value - kl.low], [kl.high - kl.value]],
-            yerr=[[100 * (won.value - won.low)], [100 * (won.high - won.value)]],
+            xerr=_bars(kl),
+            yerr=_bars(won, 100),
             fmt="o",
             capsize=2,
         )
         axes.annotate(
-            Path(score.name).name or score.name,
+            names[score.name],
             (kl.value, 100 * won.value),
             textcoords="offset points",
             xytext=(6, 5),
             fontsize=8,
+            parse_math=False,  # a dollar in a folder's name is no formula
         )
     axes.axhline(50, color="grey", linewidth=0.8, linestyle=":")
     axes.set_xlabel("KL to the base policy (nats)")
-    axes.set_ylabel(f"win rate by {report.dimension} against {report.opponent.name} (%)")
+    axes.set_ylabel(
+        f"win rate by {report.dimension} against {names[report.opponent.name]} (%)", parse_math=False
+    )
     axes.grid(alpha=0.2)
     return figure
+
+
+def _bars(estimate: "Estimate", scale: float = 1.0) -> list[list[float]]:
+    """Lengths below and above; where all resamples agree, rounding must not make them negative."""
+    value, low, high = estimate
+    return [[max(0.0, scale * (value - low))], [max(0.0, scale * (high - value))]]

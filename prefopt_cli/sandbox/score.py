@@ -1,20 +1,28 @@
 """Judges trained policies by what only the sandbox knows: the true reward of every reply."""
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from prefopt_cli.data.examples import Progress
-from prefopt_cli.errors import UserError
-from prefopt_cli.sandbox import names
-from prefopt_cli.sandbox.bench import BASE, Bench, Score, ScoreSettings
-from prefopt_cli.sandbox.names import DIMENSIONS, PreferencesName
-from prefopt_cli.sandbox.origin import Origin, origin
-from prefopt_cli.sandbox.targets import NamedTarget, closed_form, softmax_target
+from prefopt_cli.recipe.schemes import Progress
+from prefopt_cli.sandbox.bench import Bench, Score
+from prefopt_cli.sandbox.grammar import Prompt, parse_reply
+from prefopt_cli.sandbox.origin import is_base
+from prefopt_cli.sandbox.plan import CLOSED_FORM, STANDARD, Plan, ScoreSettings, plan_score
+from prefopt_cli.sandbox.preferences import text_rewards
 from prefopt_cli.sandbox.world import open_world
 
-CLOSED_FORM = "closed-form"
-STANDARD = ScoreSettings()
+
+@dataclass(frozen=True)
+class Shown:
+    """One reply of one policy."""
+
+    policy: str
+    text: str
+    well_formed: bool
+    rewards: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class Report:
     """Share of the held-out pairs whose label agrees with the gold reward: the accuracy of a perfect judge."""
     opponent: Score
     policies: list[Score]
-    prompts: list[str]
+    prompts: list[Prompt]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -50,8 +58,26 @@ class Report:
             "target_note": self.target_note,
             "attainable_accuracy": self.attainable,
             "opponent": self.opponent.name,
+            # A policy that is its own opponent is there once, with its differences to itself.
             "policies": {score.name: score.to_dict() for score in (self.opponent, *self.policies)},
         }
+
+    def shown(self, count: int) -> list[tuple[Prompt, list[Shown]]]:
+        """The first prompts, with every policy's first reply to each, the opponent's before the others."""
+        return [
+            (prompt, [_shown(prompt, score.name, score.samples[number][0]) for score in self._all()])
+            for number, prompt in enumerate(self.prompts[:count])
+        ]
+
+    def samples_dict(self, count: int) -> list[dict[str, Any]]:
+        """As `shown`, for JSON."""
+        return [
+            {"prompt": prompt.text, "replies": [asdict(each) for each in replies]}
+            for prompt, replies in self.shown(count)
+        ]
+
+    def _all(self) -> list[Score]:
+        return [self.opponent, *(each for each in self.policies if each.name != self.opponent.name)]
 
 
 def score(
@@ -65,80 +91,41 @@ def score(
 ) -> Report:
     """Sample the policies on held-out prompts and compare them with ``against`` by gold reward.
 
-    Args:
-        policies: run folders, or ``sandbox:base``.
-        against: the opponent in win rates and differences; None: the base policy that they go back to.
-        dimension: the gold reward that matters; None: the one that the first policy was trained on.
-        target: ``closed-form`` of the first policy's method, or ``softmax:ALPHA``.
-        settings: how much is looked at.
-        progress: told of the work.
-
-    Raises:
-        UserError: a policy is none of the sandbox's, they are of several worlds, or the target does not exist.
+    For the arguments and errors see `plan.plan_score`; ``progress`` is told of the work.
     """
-    first = origin(policies[0])
-    against = against or (BASE if first.seed == 0 else f"{BASE}/seed={first.seed}")
-    for name in (*policies, against):
-        if origin(name).seed != first.seed:
-            raise UserError(
-                f"{policies[0]} and {name} are of different worlds (seeds {first.seed} and {origin(name).seed}): "
-                "they cannot be compared."
-            )
-    preferences = _preferences(first, dimension)
-    wanted, note = find_target(target, first, preferences)
-    world = open_world(first.seed, progress=progress)
-    bench = Bench(world, preferences, settings, wanted, progress)
-    opponent = bench.look_at(against)
-    return Report(
-        seed=first.seed,
-        dimension=preferences.dimension,
-        temperature=preferences.temperature,
-        settings=settings,
-        target=wanted.name if wanted else None,
-        target_note=note,
-        attainable=bench.attainable(),
-        opponent=opponent.score(),
-        policies=[bench.look_at(name).score(opponent) for name in policies],
-        prompts=[prompt.text for prompt in bench.prompts],
+    return carry_out(
+        plan_score(policies, against=against, dimension=dimension, target=target, settings=settings), progress
     )
 
 
-def find_target(
-    text: str, found: Origin, preferences: PreferencesName
-) -> tuple[NamedTarget | None, str | None]:
-    """The target that was asked for, or why there is none.
+def carry_out(plan: Plan, progress: Progress | None = None) -> Report:
+    """Do what was planned; a world that is not there (any more) is made.
 
     Raises:
-        UserError: the text names no target.
+        UserError: a policy cannot be loaded, or the world has fewer prompts than it was thought to have.
     """
-    kind, _, number = text.partition(":")
-    if kind == "softmax":
-        try:
-            return softmax_target(float(number)), None
-        except ValueError as error:
-            raise UserError(f"The target {text} needs a number: softmax:1.0.") from error
-    if text != CLOSED_FORM:
-        raise UserError(f"The target {text} is unknown; write {CLOSED_FORM} or softmax:ALPHA.")
-    if found.recipe is None:
-        return None, "the base policy was not trained by a method"
-    if not found.from_base:
-        return None, "the closed form is known for runs that start from the base policy"
-    method = found.recipe.method
-    if [each.dimension for each in found.preferences] != [preferences.dimension]:
-        return None, f"the policy was not trained on {preferences.dimension} alone"
-    made = closed_form(method, preferences.temperature)
-    return made, None if made else f"{method.loss} has no closed form with these settings"
+    bench = Bench(open_world(plan.seed, progress=progress), plan, progress)
+    opponent = bench.look_at(plan.opponent)
+    return Report(
+        seed=plan.seed,
+        dimension=plan.preferences.dimension,
+        temperature=plan.preferences.temperature,
+        settings=plan.settings,
+        target=plan.target.name if plan.target else None,
+        target_note=plan.target_note,
+        attainable=bench.attainable(),
+        opponent=opponent.score(),
+        policies=[bench.look_at(name).score(opponent) for name in plan.policies],
+        prompts=bench.prompts,
+    )
 
 
-def _preferences(first: Origin, dimension: str | None) -> PreferencesName:
-    """The trained preferences, or those of the dimension that was asked for."""
-    if dimension is not None and dimension not in DIMENSIONS:
-        names.parse_dataset(dimension)  # says what there is
-    trained = {each.dimension: each for each in first.preferences}
-    if dimension is None and not trained:
-        raise UserError(
-            f"The policy was not trained on the sandbox's preferences; choose what counts with --dimension: "
-            f"{', '.join(DIMENSIONS)}."
-        )
-    dimension = dimension or next(iter(trained))
-    return trained.get(dimension, PreferencesName(dimension, seed=first.seed))
+def labels(policies: Sequence[str]) -> dict[str, str]:
+    """Short names: the last folder of a run's path where no other policy has the same."""
+    short = {name: name if is_base(name) else Path(name).expanduser().absolute().name for name in policies}
+    counts = Counter(short.values())
+    return {name: label if counts[label] == 1 else name for name, label in short.items()}
+
+
+def _shown(prompt: Prompt, policy: str, text: str) -> Shown:
+    return Shown(policy, text, parse_reply(prompt, text) is not None, text_rewards(prompt, text))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from prefopt_cli.data.examples import Progress
 from prefopt_cli.errors import PrefoptError
+from prefopt_cli.recipe.schemes import Progress
 from prefopt_cli.runs import atomic, cache
 from prefopt_cli.sandbox.grammar import Prompt
 from prefopt_cli.sandbox.settings import STANDARD, WorldSettings

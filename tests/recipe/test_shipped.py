@@ -38,9 +38,17 @@ def test_a_shipped_recipe_names_its_command_and_loads(name, path):
 
 def test_the_recipes_are_those_of_the_checkout():
     assert recipes_folder() == REPOSITORY / "recipes"
-    assert {"gpo-hh", "gpo-ultrafeedback", "gpo-ultrafeedback-lora", "gpo-custom-loss"} <= set(
+    assert {"gpo-sandbox", "gpo-hh", "gpo-ultrafeedback", "gpo-ultrafeedback-lora", "gpo-custom-loss"} <= set(
         shipped_recipes()
     )
+
+
+def test_the_sandbox_recipe_needs_nothing_from_outside():
+    recipe = load_recipe(shipped_recipes()["gpo-sandbox"])
+    (train,), (heldout,) = recipe.dataset.train, recipe.dataset.eval["heldout"]
+    assert recipe.model.name_or_path == "sandbox:base"
+    assert train.source == heldout.source == "sandbox:helpful"
+    assert (train.split, heldout.split) == ("train", "test")
 
 
 def test_each_has_a_purpose_and_its_method():

@@ -34,7 +34,7 @@ quickstart: setup
 	$(BIN)/prefopt sandbox build
 	$(BIN)/prefopt check recipes/gpo-sandbox.yaml --pairs 1
 	$(BIN)/prefopt train recipes/gpo-sandbox.yaml output_dir=runs/quickstart --overwrite
-	$(BIN)/prefopt sandbox score runs/quickstart --show 3
+	$(BIN)/prefopt sandbox score runs/quickstart --show 3 --exact-prompts 8
 	@echo "$$WHAT_NEXT"
 
 # Every command of it is run by tests/test_docs.py.

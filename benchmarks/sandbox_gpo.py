@@ -156,7 +156,9 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         if loss != "logistic":
             axes.plot(*place, "s", label=f"{loss}, β = {beta:g}")
         else:
-            axes.annotate(f"β = {beta:g}", place, textcoords="offset points", xytext=(6, -10), fontsize=8)
+            axes.annotate(
+                f"β = {beta:g}", place, textcoords="offset points", xytext=(-8, 6), ha="right", fontsize=8
+            )
     axes.set_xscale("log")
     axes.set_xlabel("KL to the base policy (nats)")
     axes.set_ylabel("win rate against the base policy (%)")

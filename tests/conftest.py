@@ -10,6 +10,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 # Tiny tensors: a second thread costs more than it brings, above all when tests run side by side.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["GOMP_SPINCOUNT"] = "2000"  # as the command line sets it; the sandbox is built by two threads
 
 # Neither reads nor fills the user's own; kept between runs, as the sandbox takes a minute or two to build.
 os.environ["PREFOPT_CACHE"] = str(Path(__file__).resolve().parents[1] / "build" / "test-cache")

@@ -147,7 +147,7 @@ def test_the_quickstart_goes_all_the_way() -> None:
         ["sandbox", "build"],
         ["check", recipe, "--pairs", "1"],
         ["train", recipe, f"output_dir={run}", "--overwrite"],
-        ["sandbox", "score", run, "--show", "3"],
+        ["sandbox", "score", run, "--show", "3", "--exact-prompts", "8"],
     ]
     assert len(proposed) >= 6
     for command in (*steps, *proposed):

@@ -69,6 +69,7 @@ class Bench:
         self.dimension = plan.preferences.dimension
         self.prompts = [row.prompt for row in pool[: plan.settings.prompts]]
         self.heldout = list(pairs(pool, "test", plan.preferences))
+        self._opponent = identity(plan.opponent)
         self._progress = progress
         self._seen: dict[str, Seen] = {}
         self._base, self._tokenizer = load_policy(world.base)
@@ -102,7 +103,8 @@ class Bench:
             self._tokenizer,
             self.prompts,
             self.settings.per_prompt,
-            seed=self.settings.seed,
+            # Of its own for the opponent: wins are counted between independent samples.
+            seed=2 * self.settings.seed + (identity(name) == self._opponent),
             progress=self._progress,
             name=name,
         )

@@ -31,7 +31,8 @@ class Measured:
     """(P, K) sum over a sample's tokens of the policy's entropy, in nats: its mean is the policy's entropy."""
     kl: np.ndarray
     """(P, K) sum over a sample's tokens of KL(policy || base) over the vocabulary, in nats: its mean is the KL
-    of whole replies, with less noise than the difference of log-probabilities has."""
+    of whole replies, with less noise than the difference of log-probabilities has. Replies are cut off after the
+    length of the longest well-formed one, and so is the sum: for a policy that runs on, both are lower bounds."""
     distinct: np.ndarray
     """(P,) different samples of a prompt / K."""
 

@@ -109,6 +109,8 @@ def find_closed_form(found: Origin, preferences: PreferencesName) -> tuple[Named
         replace(preferences, temperature=0.0)
     ]:
         return None, f"the policy was not trained on this world's {preferences.dimension} alone"
+    if any(source.where for source in found.recipe.dataset.train):
+        return None, "the policy was trained on a selection of the pairs (where)"
     method = found.recipe.method
     made = closed_form(method, preferences.temperature)
     return made, None if made else f"{method.loss} has no closed form with these settings"

@@ -1,13 +1,14 @@
 """What a policy would be if training met its optimum: distributions over the well-formed replies to a prompt.
 
 ``closed-form`` is the minimiser of a method's expected loss under Bradley-Terry labels at temperature T, over all
-policies, for pairs drawn from the base policy. For f(beta * rho) the minimiser of a pair with preference
+policies, for pairs drawn independently from the base policy (the rows compare different replies, which hardly
+matters among thousands) and for replies that are well-formed, as 98 of 100 are. For f(beta * rho) the minimiser of a pair with preference
 probability p = sigmoid(dr / T) has beta * drho = argmin_z p f(z) + (1 - p) f(-z), which is
 
 - ``logistic`` and ``savage``: log p / (1 - p) = dr / T, so pi ~ pi_ref exp(r / (beta T)) (Rafailov et al. 2023, eq. 4);
 - ``exponential``: half of that, so pi ~ pi_ref exp(r / (2 beta T));
 - ``squared``: 2p - 1, which is no difference of two rewards; its least-squares fit under independent pairs is
-  g(y) = E_y'[2 p(y over y') - 1], so pi ~ pi_ref exp(g / beta) (Azar et al. 2024, theorem 1).
+  g(y) = E_y'[2 p(y over y') - 1], so pi ~ pi_ref exp(g / beta) (Azar et al. 2024, section 5).
 
 ``hinge`` and ``truncated_quadratic`` have no such form: their optimum runs off, or depends on where they are cut off.
 """
@@ -21,6 +22,8 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.recipe.schema import GPOSettings
 
 BLOCK = 256
+SMALLEST = 1e-6
+"""Of what rewards are divided by: with less, only rounding would decide between replies, or nothing at all."""
 
 Target = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(base log-probabilities (2304,), gold rewards (2304,)) -> log-probabilities (2304,) that sum to one."""
@@ -38,10 +41,10 @@ def softmax_target(alpha: float) -> NamedTarget:
     """softmax(r / alpha) over the well-formed replies; the base policy has no part in it.
 
     Raises:
-        UserError: alpha is not a positive number.
+        UserError: alpha is not a positive number, or too small to divide by.
     """
-    if not 0 < alpha < float("inf"):
-        raise UserError(f"The target softmax:ALPHA needs a positive number, not {alpha}.")
+    if not SMALLEST <= alpha < float("inf"):
+        raise UserError(f"The target softmax:ALPHA needs a number of at least {SMALLEST:g}, not {alpha:g}.")
     return NamedTarget(f"softmax(r / {alpha:g})", lambda _, rewards: log_normalised(rewards / alpha))
 
 
@@ -56,7 +59,7 @@ def closed_form(method: GPOSettings, temperature: float) -> NamedTarget | None:
             lambda base, rewards: log_normalised(base + _expected_win(base, rewards, temperature) / beta),
         )
     shares = {"logistic": 1.0, "savage": 1.0, "exponential": 0.5}
-    if method.loss not in shares or temperature == 0:
+    if method.loss not in shares or beta * temperature < SMALLEST:
         return None
     scale = shares[method.loss] / (beta * temperature)
     return NamedTarget(

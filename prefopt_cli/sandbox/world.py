@@ -25,7 +25,15 @@ SOURCES = ("grammar.py", "settings.py", "base.py", "sampling.py", "making.py")
 """Whatever is written in these modules may change the world's content."""
 
 DESCRIPTION = "world.json"
-PARTS = (DESCRIPTION, "base/model.safetensors", "train.jsonl", "test.jsonl")
+PARTS = (
+    "base/config.json",
+    "base/model.safetensors",
+    "base/tokenizer.json",
+    "base/tokenizer_config.json",
+    "train.jsonl",
+    "test.jsonl",
+)
+"""Files without which a world is of no use."""
 WAIT = 5
 """Seconds between two words about waiting."""
 
@@ -50,13 +58,21 @@ class World:
         return self.folder / "base"
 
     def pool(self, split: str) -> list[PoolRow]:
-        """The prompts of a split (train or test) with the base policy's replies."""
-        rows = []
-        with (self.folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
-            for line in lines:
-                row = json.loads(line)
-                rows.append(PoolRow(Prompt(**row["prompt"]), tuple(row["replies"])))
-        return rows
+        """The prompts of a split (train or test) with the base policy's replies.
+
+        Raises:
+            PrefoptError: the file was damaged or taken away since it was made.
+        """
+        path = self.folder / f"{split}.jsonl"
+        try:
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [PoolRow(Prompt(**row["prompt"]), tuple(row["replies"])) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            seed = f" --seed {self.seed}" if self.seed else ""
+            raise PrefoptError(
+                f"The sandbox in the cache is damaged: {path} cannot be read ({error}). "
+                f"Make it anew: prefopt sandbox build --rebuild{seed}"
+            ) from error
 
 
 def world_folder(seed: int, settings: WorldSettings = STANDARD) -> Path:
@@ -69,10 +85,9 @@ def world_folder(seed: int, settings: WorldSettings = STANDARD) -> Path:
 
 
 def find_world(seed: int, settings: WorldSettings = STANDARD) -> World | None:
-    """The world, if it has been made."""
+    """The world, if it has been made and no file of it was taken away or cut off since."""
     folder = world_folder(seed, settings)
-    complete = all((folder / part).exists() for part in PARTS)
-    return World(folder, seed) if complete else None
+    return World(folder, seed) if _is_whole(folder) else None
 
 
 def open_world(
@@ -105,6 +120,18 @@ def open_world(
     return World(folder, seed)
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["bytes"]
+        return bool(sizes == _sizes(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {part: (folder / part).stat().st_size for part in PARTS}
+
+
 @contextmanager
 def _alone(folder: Path, progress: Progress | None) -> Iterator[None]:
     """Only one process makes a world; the others wait for it."""
@@ -134,5 +161,6 @@ def _fill(folder: Path, seed: int, settings: WorldSettings, progress: Progress |
         "seed": seed,
         "settings": asdict(settings),
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "bytes": _sizes(folder),
     }
     atomic.write_json(folder / DESCRIPTION, description)

@@ -13,7 +13,7 @@ from prefopt_cli.sandbox.names import DIMENSIONS, PreferencesName
 from prefopt_cli.sandbox.preferences import pairs
 from prefopt_cli.sandbox.world import World, world_folder
 from tests.cli.conftest import Prefopt
-from tests.sandbox.build import TINY
+from tests.sandbox.build import TINY, replace_rows
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_build_makes_the_world_once(prefopt: Prefopt, quick_world: Path) -> None
     found = json.loads(prefopt("sandbox", "build", "--json").out)
     size = sum(path.stat().st_size for path in quick_world.rglob("*") if path.is_file())
     assert found == {"seed": 0, "folder": str(quick_world), "bytes": size, "seconds": None}
-    (quick_world / "train.jsonl").write_text("")
+    (quick_world / "mark").write_text("of the old one")
     rebuilt = json.loads(prefopt("sandbox", "build", "--rebuild", "--json").out)
     assert rebuilt["seconds"] > 0
     assert rebuilt["bytes"] == size
@@ -124,7 +124,7 @@ def test_info_of_a_finished_world(prefopt: Prefopt, quick_world: Path) -> None:
     kind, rude = " Hello. We will refund your order.", " What is it now? We will refund your order."
     for row in rows:
         row["replies"] = [kind, rude, kind, kind.replace("order", row["prompt"]["item"])]
-    (quick_world / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    replace_rows(quick_world, "test", rows)
     found = describe(0, TINY)
     assert found.is_built
     assert (found.rows["test"].prompts, found.rows["test"].pairs) == (3, 6)

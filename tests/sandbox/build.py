@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,6 +23,15 @@ def only_tiny_worlds(cache: Path) -> Iterator[None]:
         for function in (world.open_world, world.find_world, world.world_folder):
             patch.setattr(function, "__defaults__", (TINY, *(function.__defaults__ or ())[1:]))
         yield
+
+
+def replace_rows(folder: Path, split: str, rows: list[dict[str, Any]]) -> None:
+    """Other rows in a split of a finished world, which is still whole after it."""
+    path = folder / f"{split}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    description = json.loads((folder / world.DESCRIPTION).read_text())
+    description["bytes"][path.name] = path.stat().st_size
+    (folder / world.DESCRIPTION).write_text(json.dumps(description))
 
 
 def write_run(

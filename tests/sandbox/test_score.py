@@ -149,9 +149,11 @@ def make_bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
         return np.array([float(text == KIND) for _, text in texts]) * (1.0 if model == "optimum" else 0.5)
 
     looked: list[str] = []
+    seeds: list[int] = []
 
     def look(model: str, base: str, tokenizer: Any, prompts: list[Prompt], count: int, **rest: Any) -> Any:
         looked.append(model)
+        seeds.append(rest["seed"])
         return measured([[float(model == "optimum")] * count] * len(prompts))
 
     monkeypatch.setattr(bench, "load_policy", lambda name: (Path(name).name, None))
@@ -169,7 +171,7 @@ def make_bench(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Bench]:
             ScoreSettings(**{"prompts": 2, "per_prompt": 2, "exact_prompts": 2, **settings}),
         )
         made = Bench(World(), plan)  # type: ignore[arg-type]
-        made.looked = looked  # type: ignore[attr-defined]
+        made.looked, made.seeds = looked, seeds  # type: ignore[attr-defined]
         return made
 
     return make
@@ -200,6 +202,18 @@ def test_nothing_is_looked_at_twice(make_bench: Callable[..., Bench]) -> None:
     assert made.look_at("./optimum") is made.look_at("optimum")
     assert made.looked == ["base", "optimum"]  # type: ignore[attr-defined]
     assert first.distances == []
+
+
+def test_the_opponent_is_sampled_by_itself(make_bench: Callable[..., Bench]) -> None:
+    """With one stream for both, their replies would go together and wins would not be of independent samples."""
+    for seed in (0, 1):
+        made = make_bench(seed=seed)
+        made.look_at("sandbox:base")
+        made.look_at("optimum")
+        made.look_at("another")
+    opponent, policy, same, other_opponent, other_policy, _ = made.seeds  # type: ignore[attr-defined]
+    assert policy == same
+    assert len({opponent, policy, other_opponent, other_policy}) == 4
 
 
 def test_attainable_accuracy_by_hand(make_bench: Callable[..., Bench]) -> None:

@@ -7,7 +7,13 @@ import torch
 from prefopt_cli.errors import UserError
 from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS
 from prefopt_cli.recipe.schema import GPOSettings
-from prefopt_cli.sandbox.targets import closed_form, log_normalised, softmax_target, total_variation
+from prefopt_cli.sandbox.targets import (
+    SMALLEST,
+    closed_form,
+    log_normalised,
+    softmax_target,
+    total_variation,
+)
 
 REWARDS = np.array([0.0, 0.3, 1.0, 1.0, 2.5, -1.0, 0.7])
 BASE = log_normalised(np.array([0.0, 1.0, 0.5, -1.0, -0.5, 0.2, 0.0]))
@@ -75,8 +81,23 @@ def test_no_form_is_claimed_where_there_is_none() -> None:
 def test_softmax_by_hand() -> None:
     logps = softmax_target(2.0).distribution(BASE[:2], np.array([0.0, 2 * np.log(3.0)]))
     assert np.exp(logps) == pytest.approx([0.25, 0.75])
-    with pytest.raises(UserError, match="positive"):
-        softmax_target(0.0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, -1.0, 1e-320, float("nan"), float("inf")])
+def test_alpha_is_a_number_to_divide_by(alpha: float) -> None:
+    with pytest.raises(UserError, match="at least 1e-06"):
+        softmax_target(alpha)
+
+
+def test_the_smallest_divisors_make_distributions() -> None:
+    """Less would not: its quotients are infinite."""
+    for target in (
+        softmax_target(SMALLEST),
+        closed_form(GPOSettings(name="gpo", loss="logistic", beta=SMALLEST), 1.0),
+    ):
+        assert target is not None
+        assert np.exp(target.distribution(BASE, REWARDS)).sum() == pytest.approx(1.0)
+    assert closed_form(GPOSettings(name="gpo", loss="logistic", beta=0.5), 1e-320) is None
 
 
 def test_total_variation_by_hand() -> None:

@@ -208,10 +208,12 @@ def test_it_is_made_once(copied: World, quick_sampling: None) -> None:
 
     assert open_world(0, TINY, progress) == copied
     assert told == []
-    (copied.folder / "train.jsonl").write_text("spoiled")
+    mark = copied.folder / "mark"
+    mark.touch()
     assert open_world(0, TINY, progress) == copied
-    rebuilt = open_world(0, TINY, progress, rebuild=True)
-    assert len(rebuilt.pool("train")) == 8
+    assert mark.exists()
+    open_world(0, TINY, progress, rebuild=True)
+    assert not mark.exists()
     assert set(told) == {
         "training the sandbox's base policy",
         "sampling the sandbox's train replies",
@@ -227,6 +229,35 @@ def interrupt(beginning: str) -> Callable[[str, int, int], None]:
             raise KeyboardInterrupt
 
     return progress
+
+
+@pytest.mark.parametrize("part", [*world.PARTS, world.DESCRIPTION])
+def test_a_world_that_lacks_something_is_none(copied: World, part: str) -> None:
+    """Somebody emptied the cache half, or a disk ran full under it: such a world is made anew."""
+    whole = (copied.folder / part).read_bytes()
+    (copied.folder / part).write_bytes(whole[:-2])
+    assert find_world(0, TINY) is None
+    (copied.folder / part).unlink()
+    assert find_world(0, TINY) is None
+    (copied.folder / part).write_bytes(whole)
+    assert find_world(0, TINY) == copied
+
+
+@pytest.mark.parametrize(
+    "text", ["{\n", "3\n", "{}\n", '{"prompt": {}, "replies": []}\n', "\udcff"], ids=lambda text: repr(text)
+)
+def test_a_damaged_file_is_named_and_the_remedy_with_it(copied: World, text: str) -> None:
+    path = copied.folder / "test.jsonl"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(
+        PrefoptError, match=r"test\.jsonl cannot be read .*: prefopt sandbox build --rebuild$"
+    ):
+        copied.pool("test")
+    with pytest.raises(PrefoptError, match=r" --rebuild --seed 7$"):
+        World(copied.folder, 7).pool("test")
+    path.unlink()
+    with pytest.raises(PrefoptError, match=r"--rebuild$"):
+        copied.pool("test")
 
 
 @pytest.mark.parametrize("beginning", ["training", "sampling"])

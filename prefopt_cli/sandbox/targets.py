@@ -2,8 +2,8 @@
 
 ``closed-form`` is the minimiser of a method's expected loss under Bradley-Terry labels at temperature T, over all
 policies, for pairs drawn independently from the base policy (the rows compare different replies, which hardly
-matters among thousands) and for replies that are well-formed, as 98 of 100 are. For f(beta * rho) the minimiser of a pair with preference
-probability p = sigmoid(dr / T) has beta * drho = argmin_z p f(z) + (1 - p) f(-z), which is
+matters among thousands) and for replies that are well-formed, as 98 of 100 are. For f(beta * rho) the minimiser of a
+pair with preference probability p = sigmoid(dr / T) has beta * drho = argmin_z p f(z) + (1 - p) f(-z), which is
 
 - ``logistic`` and ``savage``: log p / (1 - p) = dr / T, so pi ~ pi_ref exp(r / (beta T)) (Rafailov et al. 2023, eq. 4);
 - ``exponential``: half of that, so pi ~ pi_ref exp(r / (2 beta T));

@@ -46,7 +46,7 @@ def identity(policy: str) -> str:
 
 
 def origin(policy: str) -> Origin:
-    """Look it up: a ``sandbox:`` name, or a run folder and the runs it goes back to.
+    """Look it up: a ``sandbox:`` name, or what a run's manifest has, or else the runs that it goes back to.
 
     Raises:
         UserError: it does not go back to the sandbox's base policy.
@@ -82,7 +82,8 @@ def _origin(policy: str, descendants: tuple[str, ...]) -> Origin:
         )
     recipe = load_recipe(run.recipe)
     started_from = recipe.model.name_or_path
-    before = _origin(started_from, (*descendants, policy))
+    recorded = run.read_manifest().get("lineage", {}).get("origin")
+    before = _origin(recorded or started_from, (*descendants, policy))
     preferences = [
         names.parse_dataset(source.source.removeprefix(PREFIX), source.config)
         for source in recipe.dataset.train

@@ -58,10 +58,13 @@ def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "adapter": str(source.adapter) if source.adapter else None,
         "fingerprint": fingerprint(source, getattr(prepared.config, "_commit_hash", None)),
         "reference": describe_reference(source, recipe.adapter),
+        "origin": source.name,
         "ancestors": [],
     }
     if source.run is not None:
         parent = RunFolder(source.run).read_manifest()
+        # What the first ancestor started from stays known where the ancestors are moved or deleted.
+        lineage["origin"] = source.name or parent.get("lineage", {}).get("origin")
         lineage["ancestors"] = [
             *parent.get("lineage", {}).get("ancestors", []),
             {"run": str(source.run), "run_id": parent.get("run_id"), "method": parent.get("method")},

@@ -37,6 +37,20 @@ def test_a_run_on_a_run(tmp_path: Path) -> None:
     assert [each.dimension for each in found.preferences] == ["polite"]
 
 
+def test_a_manifest_knows_the_origin_where_the_ancestor_is_out_of_sight(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipe's path is relative to where the run was trained; scored from elsewhere, it leads nowhere."""
+    run = write_run(tmp_path / "second", "runs/first", "sandbox:polite/seed=1")
+    (run / "manifest.json").write_text(
+        json.dumps({"status": "finished", "lineage": {"origin": "sandbox:base/seed=1"}})
+    )
+    monkeypatch.chdir(tmp_path)
+    found = origin(str(run))
+    assert found.seed == 1
+    assert not found.from_base
+
+
 def test_data_of_elsewhere_is_no_preference_of_the_sandbox(tmp_path: Path) -> None:
     assert origin(str(write_run(tmp_path / "run", preferences="pairs.jsonl"))).preferences == ()
 

@@ -43,6 +43,7 @@ def test_a_run_and_one_that_goes_on_from_it(run: Run, sandbox: Any, adapter: str
     start = metrics.read(second.metrics)[0]
     assert start["eval_helpful_gpo/squared_log_ratio"] == pytest.approx(0.0, abs=1e-7)
     again = second.read_manifest()["lineage"]
+    assert again["origin"] == "sandbox:base"
     assert [each["run_id"] for each in again["ancestors"]] == [first.read_manifest()["run_id"]]
     assert again["policy"].startswith(
         str(first.model) if adapter == "adapter=none" else "sandbox:base with the adapter"

@@ -87,9 +87,21 @@ def _of_run(run: RunFolder, manifest: dict[str, Any], progress: Progress | None)
     if name is None or not (run.model / "adapter_config.json").is_file():
         return _in_folder(run.model, run.path)
     if not weights.is_dir() and (named := find_scheme(name, "model")):
-        named.scheme.model_folder(named.name, progress)  # in the same place, if the scheme is still the same
+        made = named.scheme.model_folder(named.name, progress)
+        if made.resolve() != weights.resolve():  # the cache was moved, or the scheme makes another model now
+            _require_same_weights(made, lineage.get("weights_fingerprint"), run, name)
+            return PolicySource(str(made), run.model, run.path, name)
     source = _in_folder(run.model, run.path)
     return replace(source, name=name) if Path(source.weights).resolve() == weights.resolve() else source
+
+
+def _require_same_weights(made: Path, recorded: str | None, run: RunFolder, name: str) -> None:
+    """Refuse to put a trained adapter on weights that it was not trained on."""
+    if fingerprint(PolicySource(str(made)), None) != recorded:
+        raise UserError(
+            f"The run {run.path} trained an adapter on {name} as it was made then, and that is not there any more: "
+            f"what is made now, in {made}, has other weights. Train the run anew."
+        )
 
 
 def _in_folder(folder: Path, run: Path | None) -> PolicySource:

@@ -5,7 +5,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from prefopt_cli.models.policy import describe_reference, fingerprint
+from prefopt_cli.models.policy import PolicySource, describe_reference, fingerprint
 from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs import environment
 from prefopt_cli.runs.folder import RunFolder
@@ -50,14 +50,15 @@ def first_manifest(
 
 
 def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
-    source = prepared.source
+    source, commit = prepared.source, getattr(prepared.config, "_commit_hash", None)
     lineage: dict[str, Any] = {
         "policy": source.describe(),
         "name": source.name,
         "weights": source.weights,
         "adapter": str(source.adapter) if source.adapter else None,
-        "fingerprint": fingerprint(source, getattr(prepared.config, "_commit_hash", None)),
+        "fingerprint": fingerprint(source, commit),
         "reference": describe_reference(source, recipe.adapter),
+        "weights_fingerprint": fingerprint(PolicySource(source.weights), commit),
         "origin": source.name,
         "ancestors": [],
     }

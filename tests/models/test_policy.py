@@ -7,7 +7,13 @@ from typing import Any
 import pytest
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.models.policy import PolicySource, describe_reference, find_policy, require_same_adapter
+from prefopt_cli.models.policy import (
+    PolicySource,
+    describe_reference,
+    find_policy,
+    fingerprint,
+    require_same_adapter,
+)
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
 
 LORA = LoraAdapter(type="lora", r=4, lora_alpha=8)
@@ -81,6 +87,25 @@ def test_an_adapter_on_a_schemes_model(tmp_path: Path) -> None:
     elsewhere = _model(tmp_path / "elsewhere")
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(elsewhere)}))
     assert _find(run) == PolicySource(str(elsewhere), adapter, run)
+
+
+@pytest.mark.usefixtures("toy_scheme")
+def test_an_adapter_follows_its_schemes_model_to_another_place(tmp_path: Path) -> None:
+    """As after the cache was moved; but only onto the very weights that it was trained on."""
+    now, gone = tmp_path / "now", tmp_path / "gone"
+    now.mkdir()
+    (now / "model.safetensors").write_bytes(b"the same weights")
+    lineage = {
+        "name": f"toy:{now}",
+        "weights": str(gone),
+        "weights_fingerprint": fingerprint(PolicySource(str(now)), None),
+    }
+    run = _run(tmp_path / "run", "finished", lineage=lineage)
+    adapter = _adapter(run / "model", base_model_name_or_path=str(gone))
+    assert _find(run) == PolicySource(str(now), adapter, run, f"toy:{now}")
+    (now / "model.safetensors").write_bytes(b"other weights..")
+    with pytest.raises(UserError, match="has other weights"):
+        _find(run)
 
 
 @pytest.mark.usefixtures("toy_scheme")

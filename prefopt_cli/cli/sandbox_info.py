@@ -11,7 +11,7 @@ from prefopt_cli.cli.common import (
     prepare_libraries,
     standard_output,
 )
-from prefopt_cli.cli.tables import Column, print_table
+from prefopt_cli.cli.tables import Column, print_line, print_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,16 +39,12 @@ def info(seed: WorldSeedOption = 0, json: JsonOption = False, debug: DebugOption
         return
     console = standard_output()
     for line in _introduction(facts):
-        _print(console, line)
+        print_line(console, line)
     _print_dimensions(facts, console)
     for line in _examples(facts):
-        _print(console, line)
+        print_line(console, line)
     for line in _ending(facts):
-        _print(console, line)
-
-
-def _print(console: "Console", line: str = "") -> None:
-    console.print(line, markup=False, soft_wrap=not console.is_terminal)
+        print_line(console, line)
 
 
 def _introduction(facts: "Facts") -> "Iterator[str]":
@@ -83,17 +79,17 @@ def _print_dimensions(facts: "Facts", console: "Console") -> None:
         [Column(title, cells) for title, cells in columns.items()],
     )
     if facts.labels:
-        _print(console)
-        _print(
+        print_line(console)
+        print_line(
             console,
             "labels agree: held-out pairs at temperature 1 whose chosen reply has the higher gold reward; best "
             "accuracy: what a policy gets there that knows the gold reward and guesses between equals.",
         )
-    _print(console)
-    _print(console, "Better in one and worse in the other, of all pairs of replies to a prompt:")
+    print_line(console)
+    print_line(console, "Better in one and worse in the other, of all pairs of replies to a prompt:")
     for dimensions, share in facts.conflicts.items():
-        _print(console, f"  {dimensions.replace('/', ' against '):<24} {share:.1%}")
-    _print(console)
+        print_line(console, f"  {dimensions.replace('/', ' against '):<24} {share:.1%}")
+    print_line(console)
 
 
 def _examples(facts: "Facts") -> "Iterator[str]":

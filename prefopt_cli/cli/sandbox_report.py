@@ -1,10 +1,9 @@
 """How a sandbox score looks on paper."""
 
-import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from prefopt_cli.cli.tables import Column, print_table
+from prefopt_cli.cli.tables import Column, print_hanging, print_line, print_table
 from prefopt_cli.sandbox.names import DIMENSIONS
 from prefopt_cli.sandbox.origin import is_base
 
@@ -41,13 +40,9 @@ def print_report(report: "Report", show: int, console: "Console") -> None:
         _print_one(report, console)
     else:
         _print_many(report, names, console)
-    _print(console)
+    print_line(console)
     for note in _notes(report, names):
-        _print(console, note)
-
-
-def _print(console: "Console", line: str = "") -> None:
-    console.print(line, markup=False, soft_wrap=not console.is_terminal)
+        print_line(console, note)
 
 
 def _sides(report: "Report") -> tuple[str, str]:
@@ -62,8 +57,8 @@ def _print_one(report: "Report", console: "Console") -> None:
     after, before = report.policies[0], report.opponent
     sides = _sides(report)
     for side, score in zip(sides, (before, after), strict=True):
-        _print(console, f"{side + ':':<8} {score.name}")
-    _print(console)
+        print_line(console, f"{side + ':':<8} {score.name}")
+    print_line(console)
     rows: list[tuple[str, str, str, str]] = []
 
     def add(title: str, metric: str) -> None:
@@ -158,32 +153,22 @@ def _print_samples(report: "Report", show: int, names: dict[str, str], console: 
         titles = names
     label = max(map(len, titles.values()))
     what = "prompt" if show == 1 else f"{show} prompts"
-    _print(console, f"First replies to the first {what}, each with its gold reward in {report.dimension}:")
-    _print(console)
+    print_line(
+        console, f"First replies to the first {what}, each with its gold reward in {report.dimension}:"
+    )
+    print_line(console)
     for prompt, replies in report.shown(show):
-        _print(console, prompt.text)
+        print_line(console, prompt.text)
         for each in replies:
             begins = f"  {titles[each.policy]:<{label}}  {each.rewards[report.dimension]:5.2f}  "
-            for line in _folded(begins, _reply(each), console):
-                console.print(line, markup=False, soft_wrap=True)
-        _print(console)
+            print_hanging(console, begins, _reply(each))
+        print_line(console)
 
 
 def _reply(shown: "Shown") -> str:
     # The policy knows the line break that stands in prompts.
     text = shown.text.strip().replace("\n", "\\n")
     return text if shown.well_formed else f"(not well-formed) {text}"
-
-
-def _folded(begins: str, text: str, console: "Console") -> list[str]:
-    """One line; on a terminal, as many as it takes, so that what belongs together stays in its column."""
-    if not console.is_terminal:
-        return [begins + text]
-    # Where names leave next to no room, the terminal may fold.
-    width = max(console.width, len(begins) + 20)
-    return textwrap.wrap(
-        text, width, initial_indent=begins, subsequent_indent=" " * len(begins), break_long_words=False
-    ) or [begins]
 
 
 def _notes(report: "Report", names: dict[str, str]) -> Iterator[str]:

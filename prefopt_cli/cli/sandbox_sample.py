@@ -11,6 +11,7 @@ from prefopt_cli.cli.common import (
     standard_error,
     standard_output,
 )
+from prefopt_cli.cli.tables import print_hanging, print_line
 from prefopt_cli.sandbox.names import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -56,25 +57,18 @@ def sample(
 
 
 def _print(found: "Answers", console: "Console") -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     from prefopt_cli.sandbox.names import DIMENSIONS
 
     for answered in found.prompts:
-        console.print(answered.prompt.text, markup=False, soft_wrap=not console.is_terminal)
-        table = Table(box=None, pad_edge=False, padding=(0, 1))
-        for name in DIMENSIONS:
-            table.add_column(name, justify="right", no_wrap=True)
-        table.add_column("reply", overflow="fold")
+        print_line(console, answered.prompt.text)
+        print_line(console, "  ".join([*DIMENSIONS, "reply"]))
         for reply in answered.replies:
+            worth = "  ".join(f"{reply.rewards[name]:{len(name)}.2f}" for name in DIMENSIONS)
             text = reply.text.strip() if reply.well_formed else f"(not well-formed) {reply.text.strip()}"
-            table.add_row(*(f"{reply.rewards[name]:.2f}" for name in DIMENSIONS), Text(text))
-        console.print(table)
-        console.print()
+            print_hanging(console, f"{worth}  ", text)
+        print_line(console)
     means = ", ".join(f"{name} {mean:.2f}" for name, mean in found.means.items())
-    console.print(
+    print_line(
+        console,
         f"Mean of {len(found.replies)} replies: {means}; {found.well_formed:.1%} are well-formed.",
-        markup=False,
-        soft_wrap=not console.is_terminal,
     )

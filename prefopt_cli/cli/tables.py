@@ -1,5 +1,9 @@
-"""Tables of figures that are never cut and never folded: columns that do not fit go into another table below."""
+"""Text and tables for terminals and pipes alike.
 
+Tables of figures are never cut and never folded: columns that do not fit go into another table below.
+"""
+
+import textwrap
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,6 +24,26 @@ class Column:
     @property
     def width(self) -> int:
         return max(map(len, (*self.title.split("\n"), *self.cells)))
+
+
+def print_line(console: "Console", line: str = "") -> None:
+    """Plain text: as it is where it is piped, folded between words on a terminal."""
+    console.print(line, markup=False, soft_wrap=not console.is_terminal)
+
+
+def print_hanging(console: "Console", begins: str, text: str) -> None:
+    """One line; on a terminal, as many as it takes, so that the text stays in its column."""
+    if not console.is_terminal:
+        lines = [begins + text]
+    else:
+        # Where the beginning leaves next to no room, the terminal may fold.
+        width = max(console.width, len(begins) + 20)
+        indent = " " * len(begins)
+        lines = textwrap.wrap(
+            text, width, initial_indent=begins, subsequent_indent=indent, break_long_words=False
+        ) or [begins]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def print_table(

@@ -1,15 +1,13 @@
 """``sandbox:`` as a scheme of model and dataset names (see ``prefopt_cli.recipe.schemes``)."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from prefopt_cli.recipe.schemes import Progress
 from prefopt_cli.sandbox import names
 
 if TYPE_CHECKING:
     import datasets
-
-Progress = Callable[[str, int, int], None]
 
 
 def check_model(name: str) -> None:

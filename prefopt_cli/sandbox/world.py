@@ -4,9 +4,12 @@ It lies in the user's cache folder (``PREFOPT_CACHE`` moves it) and is made on f
 digest of everything that decides its content, so that another version makes another folder.
 """
 
+import errno
 import hashlib
 import importlib.metadata
 import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -34,6 +37,8 @@ PARTS = (
     "test.jsonl",
 )
 """Files without which a world is of no use."""
+ROOM = 20_000_000
+"""Bytes that must be free; a world takes 2.5 million."""
 WAIT = 5
 """Seconds between two words about waiting."""
 
@@ -110,6 +115,9 @@ def open_world(
         with _alone(folder, progress):
             # Another process may have made it while this one waited.
             if rebuild or find_world(seed, settings) is None:
+                # Before a minute of work, and in time for libraries that report a full disk in words of their own.
+                if shutil.disk_usage(folder.parent).free < ROOM:
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 with atomic.folder(folder) as unfinished:
                     _fill(unfinished, seed, settings, progress)
     except OSError as error:

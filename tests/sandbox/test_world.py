@@ -374,3 +374,13 @@ def test_whoever_waits_for_another_builder_is_told_and_takes_its_world(
     assert told == [
         f"waiting for another process that builds the sandbox (seconds): {seconds}" for seconds in (5, 10, 10)
     ]
+
+
+def test_a_full_disk_is_told_before_the_work(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = shutil.disk_usage("/")._replace(free=1_000_000)
+    monkeypatch.setattr(world.shutil, "disk_usage", lambda place: full)
+    told: list[str] = []
+    with pytest.raises(PrefoptError, match="No space left on device.*PREFOPT_CACHE"):
+        open_world(0, TINY, lambda task, done, total: told.append(task))
+    assert told == []
+    assert not world_folder(0, TINY).exists()

@@ -380,7 +380,7 @@ def test_a_full_disk_is_told_before_the_work(cache: Path, monkeypatch: pytest.Mo
     full = shutil.disk_usage("/")._replace(free=1_000_000)
     monkeypatch.setattr(world.shutil, "disk_usage", lambda place: full)
     told: list[str] = []
-    with pytest.raises(PrefoptError, match="No space left on device.*PREFOPT_CACHE"):
+    with pytest.raises(PrefoptError, match=r"No space left on device.*PREFOPT_CACHE"):
         open_world(0, TINY, lambda task, done, total: told.append(task))
     assert told == []
     assert not world_folder(0, TINY).exists()

@@ -8,9 +8,10 @@ from prefopt_cli.data.examples import Progress
 from prefopt_cli.errors import UserError
 from prefopt_cli.models.policy import near_folder
 from prefopt_cli.recipe.schema import ModelSettings
+from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.sandbox.grammar import Prompt, parse_reply
 from prefopt_cli.sandbox.names import DIMENSIONS
-from prefopt_cli.sandbox.origin import BASE, origin
+from prefopt_cli.sandbox.origin import BASE, is_base, origin
 from prefopt_cli.sandbox.policies import load_policy, locate
 from prefopt_cli.sandbox.preferences import text_rewards
 from prefopt_cli.sandbox.sampling import sample_replies
@@ -81,8 +82,9 @@ def answers(
         UserError: there is no such policy, its tokenizer is not the sandbox's, or there are not so many prompts.
     """
     _require(policy, progress)
+    seed_of_world = _world_seed(policy)
     model, tokenizer = load_policy(policy)
-    world = open_world(_world_seed(policy), progress=progress)
+    world = open_world(seed_of_world, progress=progress)
     asked = [row.prompt for row in world.pool("test")]
     if prompts > len(asked):
         raise UserError(f"The sandbox has {len(asked)} held-out prompts, not {prompts}.")
@@ -109,11 +111,10 @@ def _require(policy: str, progress: Progress | None) -> None:
 
 
 def _world_seed(policy: str) -> int:
-    """The world that the policy comes from; that of seed 0 where nothing tells."""
-    try:
-        return origin(policy).seed
-    except UserError:
+    """The world that the policy comes from; of a folder that is no run nothing tells, and it is that of seed 0."""
+    if not is_base(policy) and not RunFolder(Path(policy).expanduser()).is_run():
         return 0
+    return origin(policy).seed
 
 
 def _reply(prompt: Prompt, text: str) -> Reply:

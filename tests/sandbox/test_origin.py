@@ -9,6 +9,7 @@ import pytest
 from prefopt_cli.errors import UserError
 from prefopt_cli.sandbox.names import PreferencesName
 from prefopt_cli.sandbox.origin import base_name, identity, origin, require_finished
+from prefopt_cli.sandbox.replies import answers
 from tests.sandbox.build import write_run
 
 
@@ -118,3 +119,11 @@ def test_unfinished_runs(tmp_path: Path) -> None:
     (run / "manifest.json").write_text(json.dumps({}))
     with pytest.raises(UserError, match="status is 'unknown'"):
         require_finished(str(run))
+
+
+def test_replies_of_a_run_whose_world_nobody_knows_are_refused(tmp_path: Path) -> None:
+    """Not asked for to prompts of some other world."""
+    run = write_run(tmp_path / "second", "runs/gone", "sandbox:polite/seed=1")
+    (run / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="trained from runs/gone, which is neither"):
+        answers(str(run), 1, 1, seed=0)

@@ -1,6 +1,7 @@
 """Fixtures that several rooms' tests use."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,13 @@ os.environ["TQDM_DISABLE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "2000"  # as the command line sets it; the sandbox is built by two threads
 
-# Neither reads nor fills the user's own; kept between runs, as the sandbox takes a minute or two to build.
-os.environ["PREFOPT_CACHE"] = str(Path(__file__).resolve().parents[1] / "build" / "test-cache")
+# Neither reads nor fills the user's own. The sandbox takes a minute or two to build, so it is kept between runs;
+# scores are not, or those of yesterday's code would hide a fault of today's.
+KEPT = Path(__file__).resolve().parents[1] / "build" / "test-cache" / "sandbox"
+KEPT.mkdir(parents=True, exist_ok=True)
+CACHE = tempfile.TemporaryDirectory(prefix="prefopt-tests-")
+Path(CACHE.name, "sandbox").symlink_to(KEPT)
+os.environ["PREFOPT_CACHE"] = CACHE.name
 
 import pytest
 

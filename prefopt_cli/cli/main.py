@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from prefopt_cli import __version__
-from prefopt_cli.cli import check, recipe, sandbox, train
+from prefopt_cli.cli import cache, check, recipe, sandbox, train
 from prefopt_cli.cli.common import DebugOption, is_debug
 from prefopt_cli.errors import PrefoptError
 
@@ -24,6 +24,7 @@ app.command(name="train", epilog=train.EPILOG)(train.train)
 app.command(name="check", epilog=check.EPILOG)(check.check)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(sandbox.app, name="sandbox")
+app.add_typer(cache.app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:

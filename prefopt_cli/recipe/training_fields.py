@@ -55,9 +55,28 @@ class TrainingField:
     help: str
 
 
+OWN_FIELDS = (
+    TrainingField(
+        "attention_layout",
+        Literal["auto", "packed", "padded"],
+        "auto",
+        "How batches are laid out: packed puts every prompt through the model once and has no padding, padded "
+        "is a row for each response; auto packs where the model allows it, and says which it is.",
+    ),
+    TrainingField(
+        "precompute_ref_log_probs",
+        bool,
+        True,
+        "Score all data with the reference policy once, before training, and keep the scores in the cache (see "
+        "prefopt cache); false runs the reference policy in every step instead.",
+    ),
+)
+"""Fields of prefopt's own beside those of ``DPOConfig``, or in place of them."""
+
+
 @lru_cache(maxsize=1)
 def training_fields() -> Mapping[str, TrainingField]:
-    """Every field of ``DPOConfig`` by name, bases first.
+    """Every field of ``DPOConfig`` by name, bases first, then prefopt's own.
 
     Raises PrefoptError where trl or transformers is missing or laid out in a way not known here.
     """
@@ -67,7 +86,7 @@ def training_fields() -> Mapping[str, TrainingField]:
         for node in _class(package, file, name).body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 fields[node.target.id] = _field(node.target.id, node, enums)
-    return MappingProxyType(fields)
+    return MappingProxyType({**fields, **{field.name: field for field in OWN_FIELDS}})
 
 
 @lru_cache(maxsize=8)

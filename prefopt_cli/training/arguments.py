@@ -45,7 +45,10 @@ def training_arguments(recipe: Recipe, run: RunFolder, *, evaluates: bool) -> DP
         "remove_unused_columns": False,
         "logging_nan_inf_filter": False,
         "disable_tqdm": True,
+        # The scores of the reference come from the cache or from a pass in every step, never from TRL's own pass.
+        "precompute_ref_log_probs": False,
     }
+    given = {name: value for name, value in given.items() if name != "attention_layout"}
     try:
         args = DPOConfig(**{**defaults, **given, **governed})
         _try_optimizer(args)

@@ -1,41 +1,45 @@
-"""Padded batches of preference pairs."""
+"""Batches of preference pairs."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.scoring.packing import Example
+
+
+def example_of(pair: Mapping[str, Any]) -> Example:
+    """A tokenised pair as a prompt with its chosen and its rejected response."""
+    return Example(pair["prompt_ids"], (pair["chosen_ids"], pair["rejected_ids"]))
+
 
 class PairCollator:
-    """Pairs to one padded batch of 2B rows: all chosen responses, then all rejected ones.
+    """Pairs to one batch of a layout.
 
     Args:
-        pad_token_id: id that fills the rows up (it is masked everywhere).
+        layout: packed or padded.
+        pad_token_id: id that fills rows up (it is masked everywhere).
         pad_to_multiple_of: round the width up to a multiple of this, for accelerators that like it.
     """
 
-    def __init__(self, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+    def __init__(self, layout: Layout, pad_token_id: int, pad_to_multiple_of: int | None = None) -> None:
+        self.layout = layout
         self.pad_token_id = pad_token_id
-        self.multiple = pad_to_multiple_of or 1
+        self.multiple = pad_to_multiple_of
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """Batch of `input_ids`, `attention_mask`, `completion_mask` (2B, T) and `pair_index` (B,).
+        """Batch of B pairs with 2B responses, all chosen ones first; see `prefopt_cli.scoring.batches`.
 
-        Reference log-probabilities that are already known pass through as `ref_*_logps` (B,).
+        It begins with `pair_index` (B,). Reference log-probabilities that are already known pass through as
+        `ref_*_logps` (B,).
         """
-        rows = [(pair["prompt_ids"], pair[side]) for side in ("chosen_ids", "rejected_ids") for pair in pairs]
-        longest = max(len(prompt) + len(response) for prompt, response in rows)
-        width = -(-longest // self.multiple) * self.multiple
-        input_ids = torch.full((len(rows), width), self.pad_token_id)
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-        completion_mask = torch.zeros((len(rows), width), dtype=torch.long)
-        for i, (prompt, response) in enumerate(rows):
-            end = len(prompt) + len(response)
-            input_ids[i, :end] = torch.tensor([*prompt, *response])
-            attention_mask[i, :end] = 1
-            completion_mask[i, len(prompt) : end] = 1
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
-        batch["pair_index"] = torch.tensor([pair["pair_index"] for pair in pairs])
+        # The library takes the length of the first tensor for the size of the batch.
+        batch = {"pair_index": torch.tensor([pair["pair_index"] for pair in pairs])}
+        batch.update(
+            self.layout.batch([example_of(pair) for pair in pairs], self.pad_token_id, self.multiple)
+        )
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in pairs[0]:
                 batch[name] = torch.tensor([pair[name] for pair in pairs])

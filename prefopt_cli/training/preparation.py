@@ -14,6 +14,7 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.models import loading
 from prefopt_cli.models.policy import PolicySource, find_policy
 from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.recipe.training_fields import OWN_FIELDS
 from prefopt_cli.training.reporting import Reporter
 
 PARTS = ("prompt", "chosen", "rejected")
@@ -91,8 +92,11 @@ def require_a_batch(recipe: Recipe, pairs: int) -> None:
 
 
 def training_field(given: dict[str, Any], name: str) -> Any:
-    """A training field, or the library's default for it."""
-    return given[name] if name in given else DPOConfig.__dataclass_fields__[name].default
+    """A training field, or its default: prefopt's own, else the library's."""
+    if name in given:
+        return given[name]
+    own = {field.name: field.default for field in OWN_FIELDS}
+    return own[name] if name in own else DPOConfig.__dataclass_fields__[name].default
 
 
 def extent(rows: Dataset) -> tuple[int, int]:

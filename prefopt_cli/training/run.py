@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from prefopt_cli.recipe import dump_recipe
 from prefopt_cli.recipe.schema import LoraAdapter, Recipe
 from prefopt_cli.runs import atomic, metrics
 from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training import callbacks
 from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.card import model_card
@@ -25,8 +26,9 @@ from prefopt_cli.training.export import export_policy
 from prefopt_cli.training.failures import explained
 from prefopt_cli.training.functions import describe_probe, find_function, require_usable
 from prefopt_cli.training.gpo import GPOTrainer
-from prefopt_cli.training.preparation import Prepared, prepare
+from prefopt_cli.training.preparation import Prepared, prepare, training_field
 from prefopt_cli.training.record import first_manifest, now
+from prefopt_cli.training.reference import layout_for, with_reference_scores
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.resume import (
     finished_steps,
@@ -34,7 +36,7 @@ from prefopt_cli.training.resume import (
     require_same_start,
     restore_progress,
 )
-from prefopt_cli.training.trainer import RUN_SUMMARY, PreferenceTrainer
+from prefopt_cli.training.trainer import REFERENCE_COLUMNS, RUN_SUMMARY, PreferenceTrainer
 
 
 @dataclass(frozen=True)
@@ -93,48 +95,76 @@ def train(
         require_same_start(run, manifest)
         manifest = {**run.read_manifest(), "versions": manifest["versions"]}
     model = loading.load_model(prepared.source, recipe.model, recipe.adapter)
-    reporter.message(f"Reference policy: {describe_reference(prepared.source, recipe.adapter)}.")
+    reference = describe_reference(prepared.source, recipe.adapter)
+    reporter.message(f"Reference policy: {reference}.")
+    layout = layout_for(
+        model.to(args.device), prepared, args, training_field(recipe.training, "attention_layout")
+    )
+    reporter.message(layout.note)
     main_process = args.process_index == 0
     opened = (
         _opened(run, recipe, manifest, resume=resume, overwrite=overwrite) if main_process else nullcontext()
     )
-    with explained(run), opened, callbacks.stopping_gently() as stop:
-        # Rotation must wait until the newest checkpoint is marked complete, so it is not left to the library.
-        keep, args.save_total_limit = args.save_total_limit, None
-        card = model_card(recipe, dump_recipe(recipe), manifest)
-        trainer = build_trainer(recipe, prepared, model, args, function, card)
-        for callback in (
-            callbacks.MetricsFile(run),
-            callbacks.Progress(reporter),
-            callbacks.Stopping(stop),
-            callbacks.CheckpointMark(run, keep, trainer.progress_state),
-        ):
-            trainer.add_callback(callback)
-        checkpoint = _checkpoint(run, trainer, reporter) if resume else None
-        outcome = _outcome(_train(trainer, run, checkpoint), run, stop)
-        if outcome.status == "finished":
-            export_policy(trainer, prepared.tokenizer, run, card)
-        if main_process:
-            _record(run, outcome)
+    card = model_card(recipe, dump_recipe(recipe), manifest)
+    with explained(run), opened:
+        if training_field(recipe.training, "precompute_ref_log_probs"):
+            prepared = _with_reference(run, prepared, model, args, layout, reporter)
+        with callbacks.stopping_gently() as stop:
+            # Rotation must wait until the newest checkpoint is marked complete, so it is not left to the library.
+            keep, args.save_total_limit = args.save_total_limit, None
+            trainer = build_trainer(recipe, prepared, model, args, function, card, layout)
+            for callback in (
+                callbacks.MetricsFile(run),
+                callbacks.Progress(reporter),
+                callbacks.Stopping(stop),
+                callbacks.CheckpointMark(run, keep, trainer.progress_state),
+            ):
+                trainer.add_callback(callback)
+            checkpoint = _checkpoint(run, trainer, reporter) if resume else None
+            outcome = _outcome(_train(trainer, run, checkpoint), run, stop)
+            if outcome.status == "finished":
+                export_policy(trainer, prepared.tokenizer, run, card)
+            if main_process:
+                _record(run, outcome)
     return outcome
 
 
+def _with_reference(
+    run: RunFolder, prepared: Prepared, model: Any, args: DPOConfig, layout: Layout, reporter: Reporter
+) -> Prepared:
+    """The data with reference log-probabilities; the manifest says how many were computed."""
+    name = prepared.source.describe()
+    tokens, scores = with_reference_scores(prepared, model, args, layout, name, reporter)
+    if args.process_index == 0:
+        figures = {"responses": scores.responses, "computed": scores.computed}
+        run.update_manifest(reference_scores=figures)
+    return replace(prepared, tokens=tokens)
+
+
 def build_trainer(
-    recipe: Recipe, prepared: Prepared, model: Any, args: DPOConfig, function: ConvexFunction, card: str
+    recipe: Recipe,
+    prepared: Prepared,
+    model: Any,
+    args: DPOConfig,
+    function: ConvexFunction,
+    card: str,
+    layout: Layout | None = None,
 ) -> PreferenceTrainer:
-    """The method's trainer with its reference policy."""
+    """The method's trainer, with a reference policy where the data has no scores of it; it may choose the layout."""
+    scored = set(REFERENCE_COLUMNS) <= set(prepared.tokens.train.column_names)
     return GPOTrainer(
         settings=recipe.method,
         function=function,
         model=model,
         # An adapter needs no second model: the reference is the model without it, or with a frozen copy of it.
-        ref_model=None if isinstance(recipe.adapter, LoraAdapter) else copy.deepcopy(model),
+        ref_model=None if scored or isinstance(recipe.adapter, LoraAdapter) else copy.deepcopy(model),
         args=args,
         train_dataset=prepared.tokens.train,
         eval_dataset=prepared.tokens.eval,
         processing_class=prepared.tokenizer,
         peft_config=loading.new_adapter(prepared.source, recipe.adapter),
         card=card,
+        layout=layout,
     )
 
 

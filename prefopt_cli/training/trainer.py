@@ -1,11 +1,13 @@
-"""What all methods share: a `DPOTrainer` that takes tokenised pairs and reports exactly.
+"""What all methods share: a `DPOTrainer` that takes tokenised pairs, packs them and reports exactly.
 
 TRL's internals are touched in three places, guarded by `tests/invariants/test_trl_contract.py`:
-`_prepare_dataset` here (the data is tokenised already), the fused head in `prefopt_cli.scoring.forward` and in
-`prefopt_cli.models.memory_step`. Besides, `prefopt_cli.recipe.training_fields` reads the source of its settings.
+`_prepare_dataset` here (the data is tokenised already), its head kernel in `prefopt_cli.scoring.head`, and its
+fused head for experts' losses in `prefopt_cli.scoring.forward`. Besides, `prefopt_cli.recipe.training_fields`
+reads the source of its settings.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
+from trl.trainer.utils import use_adapter
 
 from prefopt_cli.scoring.forward import ResponseScores, score_responses
-from prefopt_cli.training.batches import PairCollator
+from prefopt_cli.scoring.layout import Layout, choose_layout
+from prefopt_cli.training.batches import PairCollator, example_of
 from prefopt_cli.training.guard import FiniteGuard
 from prefopt_cli.training.metrics import EvalMeans, TrainMeans
 
-REFERENCE_INPUTS = ("input_ids", "attention_mask", "completion_mask")
+REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+"""Columns of a dataset whose reference log-probabilities are known already."""
 
 TRAINED_ADAPTER = "default"
 """peft's name of the adapter that is trained; a frozen copy may stand beside it as the reference."""
@@ -39,14 +44,17 @@ class PreferenceTrainer(DPOTrainer):
 
     Args:
         model: the policy.
-        ref_model: the frozen reference policy; None when the model carries an adapter, and the reference is
-            the model without it (or with the copy of it that TRL keeps, if it was trained before).
+        ref_model: the frozen reference policy, for a reference pass in every step. None when the datasets have
+            `REFERENCE_COLUMNS`, or when the model carries an adapter, and the reference is the model without it
+            (or with the copy of it that TRL keeps, if it was trained before).
         args: training arguments.
-        train_dataset, eval_dataset: columns `pair_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`.
+        train_dataset, eval_dataset: columns `pair_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`, and the
+            `REFERENCE_COLUMNS` where they are known.
         processing_class: the tokenizer, for its padding token and for checkpoints.
         peft_config: a new adapter to be added to the model.
         callbacks: more callbacks.
         card: the model card that lies beside the checkpoints.
+        layout: how batches are laid out; None chooses (see `prefopt_cli.scoring.layout`).
     """
 
     def __init__(
@@ -61,6 +69,7 @@ class PreferenceTrainer(DPOTrainer):
         peft_config: LoraConfig | None = None,
         callbacks: list[TrainerCallback] | None = None,
         card: str = "",
+        layout: Layout | None = None,
     ) -> None:
         self.guard = FiniteGuard(lambda indices: [train_dataset[i]["pair_id"] for i in indices])
         self._tokens: Tensor | int = 0
@@ -70,11 +79,15 @@ class PreferenceTrainer(DPOTrainer):
         self._eval_prefix = "eval"
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
+        scored = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
+        if scored:  # nothing is left for TRL to precompute, and no reference model has to be in memory
+            args.precompute_ref_log_probs = False
+        collator = PairCollator(Layout(), processing_class.pad_token_id, args.pad_to_multiple_of)
         super().__init__(
             model=model,
-            ref_model=ref_model,
+            ref_model=_Absent(model.config) if scored else ref_model,
             args=args,
-            data_collator=PairCollator(processing_class.pad_token_id, args.pad_to_multiple_of),
+            data_collator=collator,
             train_dataset=_numbered(train_dataset),
             eval_dataset={name: _numbered(data) for name, data in eval_dataset.items()} or None,
             processing_class=processing_class,
@@ -83,19 +96,44 @@ class PreferenceTrainer(DPOTrainer):
         )
         self.remove_callback(PrinterCallback)
         _restore_adapter_dropout(self.model)
+        if scored:
+            self.ref_model = None
+        self.layout = layout or self._choose_layout()
+        collator.layout = self.layout
+        for each in (self.model, self.ref_model):
+            if each is not None:
+                self.layout.prepare(each)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """The data room has decided all boundaries; TRL must not tokenise again."""
         return dataset
 
+    def _choose_layout(self) -> Layout:
+        sets = [self.train_dataset, *(self.eval_dataset or {}).values()]
+        first = self.train_dataset.select(range(min(self.args.train_batch_size, len(self.train_dataset))))
+        return choose_layout(
+            self.model,
+            [example_of(pair) for pair in first],
+            longest=max(example_of(pair).longest for rows in sets for pair in rows),
+            autocast=self.accelerator.autocast,
+            router_loss=self.aux_loss_enabled,
+        )
+
     def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Reference log-probabilities (B,) of the chosen and the rejected responses."""
-        training = model.training
+        """Reference log-probabilities (B,) of the chosen and the rejected responses.
+
+        Args:
+            model: the reference model, or the policy with the adapter that is to be switched off.
+            inputs: a batch of this trainer's layout.
+        """
+        training, adapter = model.training, nullcontext()
+        if self.ref_model is None and isinstance(self.model, PeftModel):
+            plain = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(plain, adapter_name="ref" if "ref" in plain.peft_config else None)
         model.eval()  # the policy and its reference may be one model, and only the policy drops out
         try:
-            chosen, rejected = super().compute_ref_log_probs(
-                model, {name: inputs[name] for name in REFERENCE_INPUTS}
-            )
+            with torch.no_grad(), adapter:
+                chosen, rejected = score_responses(model, inputs, self.layout).logps.chunk(2)
         finally:
             model.train(training)
         return chosen, rejected
@@ -104,7 +142,7 @@ class PreferenceTrainer(DPOTrainer):
         self, model: nn.Module, inputs: Mapping[str, Tensor]
     ) -> tuple[ResponseScores, Tensor, Tensor]:
         """Scores of the 2B responses under the policy, and (B,) log-probabilities of both sides under the reference."""
-        scores = score_responses(model, inputs, router_logits=self.aux_loss_enabled)
+        scores = score_responses(model, inputs, self.layout, router_logits=self.aux_loss_enabled)
         if "ref_chosen_logps" in inputs:
             return scores, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         reference = self.model if self.ref_model is None else self.ref_model
@@ -118,7 +156,7 @@ class PreferenceTrainer(DPOTrainer):
         metrics = {"loss": (losses.detach(), ones), **policy_metrics(scores), **metrics}
         if self.model.training:
             self.guard.watch(losses, inputs["pair_index"])
-            self._tokens = self._tokens + inputs["attention_mask"].sum()
+            self._tokens = self._tokens + inputs["num_tokens"]
             for name, (totals, counts) in metrics.items():
                 self._train_means.add(name, totals, counts)
         else:
@@ -157,7 +195,7 @@ class PreferenceTrainer(DPOTrainer):
             Path(self.args.output_dir, "README.md").write_text(self._card, encoding="utf-8")
 
     def _num_tokens(self) -> int:
-        """Tokens put through the policy so far (prompts twice, no padding), over all processes."""
+        """Tokens put through the policy so far, without padding, over all processes."""
         tokens = torch.as_tensor(self._tokens, device=self.accelerator.device)
         return int(self.accelerator.reduce(tokens))
 
@@ -173,6 +211,18 @@ class PreferenceTrainer(DPOTrainer):
         if self.accelerator.is_main_process:
             self._tokens = state["num_tokens"]
             self._train_means.load_state(state["train_means"], self.accelerator.device)
+
+
+class _Absent(nn.Module):
+    """Stands where TRL wants a reference model that nothing will ask."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self) -> None:
+        """Is not called."""
+        raise NotImplementedError
 
 
 def policy_metrics(scores: ResponseScores) -> PairMetrics:

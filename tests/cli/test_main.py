@@ -21,6 +21,9 @@ COMMANDS = [
     ("sandbox", "build"),
     ("sandbox", "info"),
     ("sandbox", "sample"),
+    ("cache",),
+    ("cache", "info"),
+    ("cache", "prune"),
 ]
 HEAVY = {"torch", "transformers", "trl", "peft", "datasets", "accelerate", "yaml", "numpy"}
 
@@ -58,7 +61,7 @@ def test_completion_knows_the_commands() -> None:
             "COMP_CWORD": "1",
         },
     )
-    assert {"train", "check", "recipe", "sandbox"} <= set(done.stdout.split())
+    assert {"train", "check", "recipe", "sandbox", "cache"} <= set(done.stdout.split())
 
 
 def test_version(prefopt: Prefopt) -> None:

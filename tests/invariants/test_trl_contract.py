@@ -1,14 +1,17 @@
 """The few things of TRL's and transformers' insides that prefopt leans on. When one of these fails after an
-upgrade, `training/trainer.py` or `scoring/forward.py` must follow."""
+upgrade, `training/trainer.py`, `scoring/head.py` or `scoring/forward.py` must follow."""
 
 import inspect
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import MixtralConfig, MixtralForCausalLM
 from trl import DPOTrainer
 from trl.trainer import dpo_trainer
+from trl.trainer.utils import add_fused_lm_head, use_adapter
 
-from prefopt_cli.scoring.forward import score_responses, with_fused_head
+from prefopt_cli.scoring.forward import score_responses
+from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.training.batches import PairCollator, example_of
 from prefopt_cli.training.trainer import PreferenceTrainer
 
 
@@ -38,6 +41,7 @@ def test_overridden_methods_exist_with_their_arguments() -> None:
 def test_trl_keeps_a_frozen_copy_of_an_adapter_that_was_trained_before() -> None:
     assert 'add_adapter("ref"' in inspect.getsource(DPOTrainer.__init__)
     assert '"ref"' in inspect.getsource(DPOTrainer.compute_ref_log_probs)
+    assert "adapter_name" in inspect.signature(use_adapter).parameters
 
 
 def test_private_overrides_are_the_documented_ones() -> None:
@@ -46,44 +50,44 @@ def test_private_overrides_are_the_documented_ones() -> None:
     assert inherited == {"_prepare_dataset"}
 
 
-def test_fused_head_equals_log_softmax_of_the_plain_model() -> None:
+def test_losses_of_experts_come_from_trls_fused_head() -> None:
+    """The one use of `model(..., fused_lm_head=True)`: its scores are those of our own head, with the loss beside."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        sliding_window=None,
     )
-    model = LlamaForCausalLM(config).eval()
-    batch = {
-        "input_ids": torch.randint(1, 50, (4, 9)),
-        "attention_mask": torch.ones(4, 9, dtype=torch.long),
-        "completion_mask": torch.tensor([[0] * 3 + [1] * 4 + [0] * 2, [0] * 5 + [1] * 4] * 2),
-    }
+    model, layout = MixtralForCausalLM(config).eval(), Layout()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    layout.prepare(model)
+    pairs = [example_of(pair) for pair in PAIRS]
+    batch = layout.batch(pairs, 0)
     with torch.no_grad():
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-    scores = score_responses(with_fused_head(model), batch)
-    mask, targets = batch["completion_mask"][:, 1:].bool(), batch["input_ids"][:, 1:]
-    log_probs = logits.log_softmax(-1)
-
-    def expected(values: torch.Tensor) -> torch.Tensor:
-        return (values * mask).sum(1)
-
-    torch.testing.assert_close(scores.logps, expected(log_probs.gather(-1, targets[..., None])[..., 0]))
-    torch.testing.assert_close(scores.entropy, expected(-(log_probs.exp() * log_probs).sum(-1)))
-    torch.testing.assert_close(scores.mean_logits, expected(logits.mean(-1)))
-    torch.testing.assert_close(scores.top1, expected((logits.argmax(-1) == targets).float()))
-    assert scores.lengths.tolist() == [4, 4, 4, 4]
+        ours = score_responses(model, batch, layout)
+        theirs = score_responses(model, batch, layout, router_logits=True)
+    for name in ("logps", "lengths", "entropy", "mean_logits", "top1"):
+        torch.testing.assert_close(getattr(theirs, name), getattr(ours, name))
+    assert ours.router_loss is None
+    assert theirs.router_loss is not None
+    assert float(theirs.router_loss) > 0
 
 
-def test_batch_layout_is_trls() -> None:
-    from prefopt_cli.training.batches import PairCollator
+PAIRS = [
+    {"pair_index": 0, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
+    {"pair_index": 1, "prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11]},
+]
 
-    pairs = [
-        {"pair_index": 0, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
-        {"pair_index": 1, "prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11]},
-    ]
-    ours = PairCollator(pad_token_id=0)(pairs)
-    theirs = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(pairs)
-    assert ours.pop("pair_index").tolist() == [0, 1]
-    assert set(ours) == set(theirs)
+
+def test_padded_rows_are_trls() -> None:
+    ours = PairCollator(Layout(), pad_token_id=0)(PAIRS)
+    theirs = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(PAIRS)
+    assert ours["pair_index"].tolist() == [0, 1]
     for name in theirs:
         assert torch.equal(ours[name], theirs[name]), name
 

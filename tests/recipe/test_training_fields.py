@@ -8,7 +8,7 @@ import pytest
 
 from prefopt_cli.errors import PrefoptError
 from prefopt_cli.recipe import training_fields as module
-from prefopt_cli.recipe.training_fields import MISSING, training_fields
+from prefopt_cli.recipe.training_fields import MISSING, OWN_FIELDS, training_fields
 from prefopt_cli.recipe.training_settings import GOVERNED, RANGES, REPORT_TO, TYPES, allowed_fields, choices
 
 
@@ -19,12 +19,22 @@ def real() -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(DPOConfig) if field.init}
 
 
-def test_names_are_those_of_the_class(real):
-    assert set(training_fields()) == set(real)
+OWN = {field.name for field in OWN_FIELDS}
+
+
+def test_names_are_those_of_the_class_and_our_own(real):
+    assert set(training_fields()) == set(real) | OWN
+
+
+def test_own_fields_come_with_default_and_help():
+    for field in OWN_FIELDS:
+        assert field.help, field.name
+        assert training_fields()[field.name] == field
 
 
 def test_literal_defaults_are_those_of_the_class(real):
     read = {name: field.default for name, field in training_fields().items() if field.default is not MISSING}
+    read = {name: default for name, default in read.items() if name not in OWN}
     assert len(read) > 100
     assert read == {name: real[name].default for name in read}
 
@@ -96,7 +106,7 @@ def test_a_missing_or_unknown_library_is_told(package):
         "lr_scheduler_kwargs: {num_cycles: 2}",
         "optim: adamw_8bit",
         "save_total_limit: null",
-        "precompute_ref_log_probs: true",
+        "precompute_ref_log_probs: false",
         "pad_to_multiple_of: 8",
         "debug: underflow_overflow",
         "gradient_checkpointing_kwargs: {use_reentrant: false}",

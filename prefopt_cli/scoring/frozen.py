@@ -1,0 +1,193 @@
+"""Log-probabilities of responses under a policy that does not change: each computed once, then read from the cache."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+
+from prefopt_cli.scoring.cache import Policy, ScoreCache, response_key
+from prefopt_cli.scoring.forward import score_responses
+from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.scoring.packing import Example
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Tokens of a scoring batch; without gradients many fit."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class FrozenScores:
+    """Log-probabilities under a frozen policy, and what it took to have them."""
+
+    logps: list[list[float]]
+    """For every example those of its responses, in nats."""
+    responses: int
+    """Different responses (the same one to the same prompt counts once)."""
+    computed: int
+    """Responses that went through the model now, in all processes; the others came from the cache."""
+    tokens: int
+    """Tokens that went through the model for them in this process, prompts once per batch."""
+    seconds: float
+    """What that took."""
+
+    def describe(self) -> str:
+        """One line for the user."""
+        cached = self.responses - self.computed
+        if not self.computed:
+            return f"{self.responses:,} responses, all from the cache: no reference pass"
+        source = f", {cached:,} from the cache" if cached else ""
+        return f"{self.responses:,} responses{source}, {self.computed:,} computed in {self.seconds:.1f} s"
+
+
+def score_frozen(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    policy: Policy,
+    cache: ScoreCache,
+    layout: Layout,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    padding_id: int = 0,
+    batch_examples: int | None = None,
+    progress: Progress | None = None,
+) -> FrozenScores:
+    """Score the responses of all examples; what the cache knows is not computed again.
+
+    Every batch is written to the cache as soon as it is done, so interrupted work is not lost. With several
+    processes each computes a share; all must call this with the same examples, and all get all scores.
+
+    Args:
+        model: the frozen policy on its device, prepared by ``layout``.
+        examples: prompts with one or more responses each.
+        policy: the address of the model's scores; see `policy_digest`.
+        cache: where scores are kept.
+        layout: packed or padded.
+        autocast: the precision to run in.
+        padding_id: id that fills rows up.
+        batch_examples: at most so many prompts in a batch (besides the limit of `BATCH_TOKENS`).
+        progress: told how many of the missing responses are done, in this process's share.
+    """
+    start = time.perf_counter()
+    keys = [
+        [response_key(example.prompt, response) for response in example.responses] for example in examples
+    ]
+    unique = list(dict.fromkeys(key for listed in keys for key in listed))
+    state = PartialState()
+    # One process reads for all: others may be writing, and all must see the same gaps.
+    known = _broadcast(cache.read(policy, unique) if state.is_main_process else None)
+    scores = {key: float(logp) for key, logp in zip(unique, known, strict=True) if not np.isnan(logp)}
+    missing = _missing(examples, keys, scores)
+    batches = list(_batches(missing, layout, _budget(model), batch_examples))
+    share = batches[state.process_index :: state.num_processes]
+    computed, tokens = _compute(model, share, policy, cache, layout, autocast, padding_id, progress)
+    for part in gather_object([computed]):
+        scores.update(part)
+    return FrozenScores(
+        logps=[[scores[key] for key in listed] for listed in keys],
+        responses=len(unique),
+        computed=sum(len(names) for names, _ in missing),
+        tokens=tokens,
+        seconds=time.perf_counter() - start,
+    )
+
+
+_Missing = tuple[list[bytes], Example]
+"""Keys of the responses that are to be scored, and these responses with their prompt."""
+
+
+def _missing(
+    examples: Sequence[Example], keys: Sequence[Sequence[bytes]], scores: dict[bytes, float]
+) -> list[_Missing]:
+    """Responses without a score, those to the same prompt together, each once; the longest first."""
+    groups: dict[bytes, tuple[Any, dict[bytes, Any]]] = {}
+    for example, listed in zip(examples, keys, strict=True):
+        for key, response in zip(listed, example.responses, strict=True):
+            if key not in scores:
+                prompt = np.asarray(example.prompt, dtype=np.int32).tobytes()
+                groups.setdefault(prompt, (example.prompt, {}))[1][key] = response
+    missing = [
+        (list(responses), Example(prompt, list(responses.values()))) for prompt, responses in groups.values()
+    ]
+    return sorted(missing, key=lambda each: -each[1].tokens)
+
+
+def _batches(
+    missing: Sequence[_Missing], layout: Layout, budget: int, most: int | None
+) -> Iterator[list[_Missing]]:
+    batch: list[_Missing] = []
+    for each in missing:
+        grown = [*batch, each]
+        if batch and (_size(grown, layout) > budget or len(batch) == most):
+            yield batch
+            grown = [each]
+        batch = grown
+    if batch:
+        yield batch
+
+
+def _size(batch: Sequence[_Missing], layout: Layout) -> int:
+    """Tokens that a batch puts through the model."""
+    examples = [example for _, example in batch]
+    if layout.way is not None:
+        return sum(example.tokens for example in examples)
+    return max(e.longest for e in examples) * sum(len(e.responses) for e in examples)
+
+
+def _budget(model: nn.Module) -> int:
+    device = next(model.parameters()).device.type
+    return BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"])
+
+
+def _compute(
+    model: nn.Module,
+    batches: Sequence[Sequence[_Missing]],
+    policy: Policy,
+    cache: ScoreCache,
+    layout: Layout,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    padding_id: int,
+    progress: Progress | None,
+) -> tuple[dict[bytes, float], int]:
+    """Score batches and keep the scores; returns them by key, with the tokens that it took."""
+    device = next(model.parameters()).device
+    scores: dict[bytes, float] = {}
+    tokens, total = 0, sum(len(names) for batch in batches for names, _ in batch)
+    training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            tensors = layout.batch([example for _, example in batch], padding_id)
+            tokens += int(tensors["num_tokens"])
+            with torch.inference_mode(), autocast():
+                inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
+                logps = score_responses(model, inputs, layout).logps.tolist()
+            names = _response_major([names for names, _ in batch])
+            cache.write(policy, names, logps)
+            scores.update(zip(names, logps, strict=True))
+            if progress:
+                progress(len(scores), total)
+    finally:
+        model.train(training)
+    return scores, tokens
+
+
+def _response_major(names: Sequence[Sequence[bytes]]) -> list[bytes]:
+    """The keys in the order in which a batch counts its responses."""
+    most = max(map(len, names))
+    return [listed[branch] for branch in range(most) for listed in names if branch < len(listed)]
+
+
+def _broadcast(values: np.ndarray | None) -> np.ndarray:
+    """The main process's array in every process."""
+    held = [values]
+    broadcast_object_list(held, from_process=0)
+    assert held[0] is not None
+    return held[0]

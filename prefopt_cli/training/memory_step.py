@@ -1,0 +1,178 @@
+"""One training step on fake tensors: every allocation of the real step, and no memory.
+
+A fake tensor has shape, type and device but no data. Model code, autograd, checkpointing, autocast, LoRA and
+packing run on it as they are, so no architecture needs a formula of its own. All fakes claim to be on the CPU: a
+torch without CUDA cannot run autograd on anything else. `memory_stand_ins` replaces what needs data or a GPU.
+
+One known excess: autograd adds up gradients of fakes out of place where it adds real ones in place, so tied
+embeddings seem to need one more gradient of the embedding at the end of backward.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from prefopt_cli.scoring.forward import plain_model, score_responses
+from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.scoring.packing import Example
+from prefopt_cli.training.memory_log import AllocationLog
+from prefopt_cli.training.memory_stand_ins import Device, causal_scores, head_stand_ins, pieces_of
+
+Reference = Literal["copy", "adapter_disabled", "none"]
+Precision = Literal["no", "bf16", "fp16"]
+
+_LOW_PRECISION = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What decides a step's memory besides the model."""
+
+    examples: Sequence[Example]
+    """The batch; only lengths matter."""
+    layout: Layout
+    reference: Reference
+    mixed_precision: Precision
+    gradient_checkpointing: bool
+    accumulates: bool
+    """Whether gradients of an earlier micro-batch are there already."""
+    device: Device
+
+    def batch(self) -> dict[str, Tensor]:
+        """The batch as the model gets it."""
+        return self.layout.batch(self.examples, 0)
+
+
+def trace_step(model: nn.Module, shape: StepShape) -> dict[str, int]:
+    """Bytes by part at the peak of policy forward, reference forward, loss and backward; no optimizer state.
+
+    The model is left as it is; its weights are neither read nor copied.
+
+    Raises:
+        Exception: whatever the model's code raises on tensors without data, for example where it branches on
+            their values.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    batch = shape.batch()
+    policy = _fake_copy(model, mode)
+    _prepare(policy, shape, batch)
+    frozen = _fake_copy(model, mode) if shape.reference == "copy" else None
+    if frozen is not None:
+        _set_attention(frozen, shape, batch)
+        frozen.eval()
+    log = AllocationLog()
+    batch = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+    with warnings.catch_warnings(), mode, head_stand_ins(shape.device, log), log:
+        warnings.simplefilter("ignore")
+        log.own([*policy.parameters(), *policy.buffers()], "weights")
+        if frozen is not None:
+            log.own([*frozen.parameters(), *frozen.buffers()], "frozen policy")
+        if shape.accumulates:
+            for parameter in _trainable(policy):
+                parameter.grad = torch.zeros_like(parameter)
+        loss = _loss(policy, frozen, batch, shape, log)
+        _backward(loss, log)
+        log.assign([p.grad for p in _trainable(policy) if p.grad is not None], "gradients")
+    return log.peak()
+
+
+def _trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The same modules around fake weights. Tied weights stay tied: a deep copy replaces each tensor once."""
+    memo: dict[int, Any] = {}
+    with mode:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = fake
+    return copy.deepcopy(model, memo)
+
+
+def _prepare(policy: Any, shape: StepShape, batch: Mapping[str, Tensor]) -> None:
+    """As the trainer prepares it: training mode, no dropout, checkpointing as asked."""
+    policy.train()
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    _set_attention(policy, shape, batch)
+    if shape.gradient_checkpointing:
+        # The state of the random generator is data, which fake tensors lack.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            policy.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        if hasattr(policy, "peft_config"):
+            policy.enable_input_require_grads()
+
+
+def _set_attention(model: Any, shape: StepShape, batch: Mapping[str, Tensor]) -> None:
+    plain = plain_model(model)
+    if str(getattr(plain.config, "_attn_implementation", None)).startswith(("flash", "kernels")):
+        # These kernels need a GPU; sdpa never stores the score matrix either.
+        plain.config._attn_implementation = "sdpa"
+    if shape.layout.way == "blocks":  # stands on sdpa, see `causal_scores`
+        Layout("mask").prepare(model)
+        plain.set_attn_implementation("sdpa")
+    else:
+        shape.layout.prepare(model)
+    if shape.layout.way == "pieces":
+        plain.set_attn_implementation(pieces_of(batch["calls"]))
+
+
+def _loss(policy: Any, frozen: Any, batch: Mapping[str, Tensor], shape: StepShape, log: AllocationLog) -> Tensor:
+    """Policy forward, then reference forward, as the trainer orders them: the activations are there during both."""
+    scores = _score(policy, batch, shape)
+    if shape.reference != "none":
+        log.part = "reference forward"
+        with torch.no_grad(), _without_checkpointing(policy):
+            reference_scores = _reference_scores(policy, frozen, batch, shape)
+        log.part = "activations"
+        scores = scores - reference_scores
+    return scores.mean()
+
+
+def _reference_scores(policy: Any, frozen: Any, batch: Mapping[str, Tensor], shape: StepShape) -> Tensor:
+    if frozen is not None:
+        return _score(frozen, batch, shape)
+    with policy.disable_adapter():
+        return _score(policy, batch, shape)
+
+
+@contextmanager
+def _without_checkpointing(policy: nn.Module) -> Iterator[None]:
+    policy.eval()  # checkpointing is for training mode; dropout is off anyway
+    try:
+        yield
+    finally:
+        policy.train()
+
+
+def _score(model: Any, batch: Mapping[str, Tensor], shape: StepShape) -> Tensor:
+    """Summed log-probabilities of the responses."""
+    with _autocast(shape):
+        if shape.layout.way == "blocks":
+            return causal_scores(model, batch)
+        return score_responses(model, batch, shape.layout).logps
+
+
+def _autocast(shape: StepShape) -> AbstractContextManager[Any]:
+    if shape.mixed_precision == "no":
+        return nullcontext()
+    return torch.autocast("cpu", dtype=_LOW_PRECISION[shape.mixed_precision])
+
+
+def _backward(loss: Tensor, log: AllocationLog) -> None:
+    gradient = torch.ones_like(loss)
+    log.in_backward, log.part = True, "LM head"
+    loss.backward(gradient)
+    log.in_backward = False

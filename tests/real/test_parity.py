@@ -116,7 +116,13 @@ def test_every_step_of_a_run_equals_trls(
         assert len(got) == STEPS
         assert got == pytest.approx([scale * loss for loss in expected], abs=1e-5)
         assert max(got) - min(got) > 1e-3, "nothing was learnt, so agreement would mean little"
-        for name in ("entropy", "logps/chosen", "logits/rejected", "mean_token_accuracy", "rewards/accuracies"):
+        for name in (
+            "entropy",
+            "logps/chosen",
+            "logits/rejected",
+            "mean_token_accuracy",
+            "rewards/accuracies",
+        ):
             theirs_named = [r[name] for r in theirs.state.log_history if name in r]
             ours_named = [r[name] for r in ours.state.log_history if name in r]
             assert ours_named == pytest.approx(theirs_named, rel=1e-4, abs=1e-5), name

@@ -85,7 +85,9 @@ def score_frozen(
     known = _broadcast(cache.read(policy, unique) if state.is_main_process else None)
     scores = {key: float(logp) for key, logp in zip(unique, known, strict=True) if not np.isnan(logp)}
     missing = _missing(examples, keys, scores)
-    batches = list(_batches(missing, layout, _budget(model), batch_examples))
+    budget = _budget(model)
+    parts = [part for group in missing for part in _parts(group, layout, budget)]
+    batches = list(_batches(parts, layout, budget, batch_examples))
     share = batches[state.process_index :: state.num_processes]
     computed, tokens = _compute(model, share, policy, cache, layout, autocast, padding_id, progress)
     for part in gather_object([computed]):
@@ -117,6 +119,19 @@ def _missing(
         (list(responses), Example(prompt, list(responses.values()))) for prompt, responses in groups.values()
     ]
     return sorted(missing, key=lambda each: -each[1].tokens)
+
+
+def _parts(group: _Missing, layout: Layout, budget: int) -> Iterator[_Missing]:
+    """The responses to one prompt, in as many parts as it takes: any number of rows may have the same prompt."""
+    names, example = group
+    part: _Missing = ([], Example(example.prompt, []))
+    for name, response in zip(names, example.responses, strict=True):
+        grown = ([*part[0], name], Example(example.prompt, [*part[1].responses, response]))
+        if part[0] and _size([grown], layout) > budget:
+            yield part
+            grown = ([name], Example(example.prompt, [response]))
+        part = grown
+    yield part
 
 
 def _batches(

@@ -14,7 +14,7 @@ from torch import Tensor
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from prefopt_cli.errors import UserError
+from prefopt_cli.errors import PrefoptError, UserError
 
 CHUNK_ELEMENTS = 2**21
 """Logits in a chunk: 8 MiB in float32, so that its passes find it in the processor's cache."""
@@ -54,6 +54,7 @@ def add_response_head(model: Any) -> None:
 
     Raises:
         UserError: the head carries an adapter.
+        PrefoptError: there is no backbone apart from the head.
     """
     if isinstance(model.get_output_embeddings(), BaseTunerLayer):
         raise UserError(
@@ -61,6 +62,10 @@ def add_response_head(model: Any) -> None:
         )
     if hasattr(model, "scores_responses"):
         return
+    if model.base_model is model:
+        raise PrefoptError(
+            f"{type(model).__name__} is not split into a backbone and a head that prefopt could find."
+        )
     # Not the bound method: a deep copy of the model must run its own.
     plain = model.forward.__func__
     scale, softcap = _logit_transform(model.config)
@@ -123,7 +128,8 @@ class _ChunkedHead(torch.autograd.Function):
         softcap: float | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+        device = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         ctx.scale, ctx.softcap = scale, softcap
         count, vocabulary = hidden.size(0), weight.size(0)
         wide = torch.promote_types(ctx.dtype, torch.float32)
@@ -141,7 +147,7 @@ class _ChunkedHead(torch.autograd.Function):
             scores[0, rows] = log_probs.gather(1, wanted)[:, 0]
             log_z[rows] = target[:, 0] - scores[0, rows]
             probabilities = torch.exp(log_probs, out=logits)
-            with torch.autocast("cpu", enabled=False):  # it would round both to bfloat16
+            with torch.autocast(device, enabled=False):  # it would round both to bfloat16
                 scores[1, rows] = -torch.linalg.vecdot(probabilities, log_probs)
             size = probabilities.numel() * probabilities.element_size()
             if size <= room and softcap is None:

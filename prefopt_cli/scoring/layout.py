@@ -135,6 +135,8 @@ def unsuited(model: Any, *, longest: int, router_loss: bool = False) -> str | No
         return f"attn_implementation {attention} takes no mask of this kind"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         return "the model derives its positions (ALiBi) from the mask"
+    if hasattr(config, "attention_layers"):
+        return "the model adds masks of its own (local attention, a limit on the row's length)"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "the model takes no position_ids"
     if router_loss:
@@ -169,12 +171,20 @@ def _packed_layouts(model: nn.Module) -> list[Layout]:
 
 
 def _probe(examples: Sequence[Example]) -> list[Example]:
+    """The examples that are scored both ways.
+
+    Only later tokens of a second response tell whether it sees the first one, so there is always such a response.
+    """
     chosen = list(examples[:2])
     for example in examples[2:]:
+        widest = max(each.longest for each in (*chosen, example))
+        if widest * sum(len(each.responses) for each in (*chosen, example)) > PROBE_TOKENS:
+            break
         chosen.append(example)
-        widest = max(each.longest for each in chosen)
-        if widest * sum(len(each.responses) for each in chosen) > PROBE_TOKENS:
-            return chosen[:-1]
+    if all(len(response) < 2 for example in chosen for response in example.responses[1:]):
+        longest = max(chosen, key=lambda example: example.longest)
+        text = [*longest.prompt, *max(longest.responses, key=len)]
+        chosen.append(Example([], (text, text)))
     return chosen
 
 
@@ -196,6 +206,7 @@ def _disagreement(
             try:
                 layout.prepare(model)
                 packed = score_responses(model, _on(plain, layout.batch(examples, 0)), layout)
+                leaks = _leaks(model, layout, examples, packed.logps)
             except PrefoptError:
                 raise
             except Exception as error:  # any code may be in a model, and any of it may refuse the mask
@@ -209,12 +220,31 @@ def _disagreement(
                 f"packed and padded log-probabilities of the first batch differ by {difference:.1e} nats per token "
                 f"(accepted: {tolerance:.0e})"
             ), difference
+        if leaks:
+            return "the score of a response depends on the other response to its prompt", difference
         before = plain.config._attn_implementation
         return None, difference
     finally:
         if plain.config._attn_implementation != before:
             plain.set_attn_implementation(before)
         model.train(training)
+
+
+def _leaks(model: nn.Module, layout: Layout, examples: Sequence[Example], logps: Tensor) -> bool:
+    """Whether a response's score moves when the first response to its prompt, of the same length, is another.
+
+    Where a response sees its prompt and itself only it cannot, in any precision; agreement with padded rows is
+    asked only up to rounding, which in bfloat16 hides much.
+    """
+    others = [
+        Example(each.prompt, ([max(token, 2) - 1 for token in each.responses[0]], *each.responses[1:]))
+        for each in examples
+    ]
+    changed = score_responses(model, _on(plain_model(model), layout.batch(others, 0)), layout).logps
+    later = slice(len(examples), None)  # response-major: the first responses come first
+    # Experts work on the tokens that they are given together, so that there rounding moves.
+    experts = hasattr(plain_model(model).config.get_text_config(), "output_router_logits")
+    return not torch.allclose(changed[later], logps[later], rtol=1e-3 if experts else 1e-6, atol=1e-5)
 
 
 def _require_known_head(model: nn.Module, examples: Sequence[Example]) -> None:
@@ -224,12 +254,13 @@ def _require_known_head(model: nn.Module, examples: Sequence[Example]) -> None:
         PrefoptError: it puts something on its logits that is not known here.
     """
     plain = plain_model(model)
-    shortest = min(examples, key=lambda example: example.longest)
-    example = Example(shortest.prompt, [shortest.responses[0]])
-    batch = _on(plain, Layout().batch([example], 0))
-    count = int(batch["targets"].numel())
-    if not count:
+    singles = [Example(each.prompt, each.responses[:1]) for each in examples]
+    scored = [single for single in singles if single.longest > 1]
+    if not scored:
         return
+    shortest = min(scored, key=lambda single: single.longest)
+    batch = _on(plain, Layout().batch([shortest], 0))
+    count = int(batch["targets"].numel())
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).logits

@@ -3,7 +3,8 @@
     python benchmarks/memory.py                 # all cases, writes benchmarks/results/memory.{md,json}
     python benchmarks/memory.py llama-50m       # only cases whose name contains this, writes nothing
 
-Each case trains a random model for two steps in a process of its own. On the CPU the measure is the rise of
+Each case trains a random model for two steps in a process of its own, as `prefopt train` does: packed batches, and
+reference scores that are known, unless the case says otherwise. On the CPU the measure is the rise of
 the process's peak resident memory (Linux, VmHWM) over its resident memory after the imports. It is taken
 twice: with glibc's allocator as it is, which keeps part of what is freed, and told to return every freed
 tensor to the system (MALLOC_MMAP_THRESHOLD_), which shows what is alive. On CUDA the measure is
@@ -28,14 +29,18 @@ import transformers
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from trl import DPOConfig
 
-# The class under test; any subclass with the same constructor may stand here.
-from trl import DPOTrainer as Trainer
-
-from prefopt_cli.models.memory import MemoryEstimate, estimate_memory, format_bytes
+from prefopt_cli.recipe.schema import GPOSettings
+from prefopt_cli.scoring.choice import packed_layouts
+from prefopt_cli.scoring.forward import plain_model
+from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.scoring.packing import Example
+from prefopt_cli.training.gpo import GPOTrainer
+from prefopt_cli.training.memory import MemoryEstimate, estimate_memory, format_bytes
+from prefopt_cli.training.trainer import REFERENCE_COLUMNS
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,6 +88,8 @@ class Case:
     bf16: bool = False
     accumulation: int = 1
     optimizer: str = "adamw_torch_fused"
+    padded: bool = False
+    reference_pass: bool = False
 
     @property
     def name(self) -> str:
@@ -90,6 +97,7 @@ class Case:
         words += ["checkpointing"] * self.checkpointing + ["bf16"] * self.bf16
         words += [f"accumulation-{self.accumulation}"] * (self.accumulation > 1)
         words += [self.optimizer] * (self.optimizer != "adamw_torch_fused")
+        words += ["padded"] * self.padded + ["reference-pass"] * self.reference_pass
         return " ".join(words)
 
 
@@ -106,6 +114,8 @@ CASES = [
     Case("gpt2-124m", accumulation=2),
     Case("gpt2-124m", checkpointing=True, optimizer="adamw_torch"),
     Case("gpt2-124m", lora=True, length=512),
+    Case("llama-50m", pairs=4, padded=True),
+    Case("llama-50m", pairs=4, reference_pass=True),
 ]
 
 
@@ -120,12 +130,12 @@ def build(case: Case) -> Any:
 def estimate(case: Case) -> MemoryEstimate:
     with torch.device("meta"):
         model = build(case)
+    rows = random_pairs(case, case.pairs)
     return estimate_memory(
         model,
-        reference="adapter_disabled" if case.lora else "copy",
-        rows=2 * case.pairs,
-        row_length=case.length,
-        response_length=case.length // 2,
+        [Example(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows],
+        Layout() if case.padded else packed_layouts(plain_model(model), DEVICE)[0],
+        reference="none" if not case.reference_pass else "adapter_disabled" if case.lora else "copy",
         optimizer=case.optimizer,
         mixed_precision="bf16" if case.bf16 else "no",
         gradient_checkpointing=case.checkpointing,
@@ -138,12 +148,16 @@ def train(case: Case, folder: str) -> int:
     """Two steps (the optimizer has states in the second); returns the measured bytes."""
     baseline = start_measuring()
     policy = build(case)
-    # TRL would ask the hub for the reference of a policy that has no name.
-    reference = None if case.lora else copy.deepcopy(policy)
+    reference = copy.deepcopy(policy) if case.reference_pass and not case.lora else None
     if case.lora:
         # A PeftModel would get a second, frozen adapter; the trainer wraps a plain model and switches it off.
         policy, peft_config = policy.unload(), policy.peft_config["default"]
-    trainer = Trainer(
+    dataset = Dataset.from_list(random_pairs(case, 2 * case.pairs * case.accumulation))
+    if not case.reference_pass:
+        for column in REFERENCE_COLUMNS:
+            dataset = dataset.add_column(column, [-500.0] * len(dataset))
+    trainer = GPOTrainer(
+        settings=GPOSettings(name="gpo"),
         model=policy,
         ref_model=reference,
         args=DPOConfig(
@@ -151,7 +165,8 @@ def train(case: Case, folder: str) -> int:
             per_device_train_batch_size=case.pairs,
             gradient_accumulation_steps=case.accumulation,
             max_steps=2,
-            max_length=case.length,
+            max_length=None,
+            remove_unused_columns=False,
             bf16=case.bf16,
             gradient_checkpointing=case.checkpointing,
             optim=case.optimizer,
@@ -160,36 +175,38 @@ def train(case: Case, folder: str) -> int:
             report_to="none",
             disable_tqdm=True,
         ),
-        train_dataset=random_pairs(case),
-        processing_class=word_tokenizer(),
+        train_dataset=dataset,
+        eval_dataset={},
+        processing_class=tokenizer(),
         peft_config=peft_config if case.lora else None,
+        layout=Layout(note="padded") if case.padded else None,
     )
+    if case.padded != (trainer.layout.way is None):
+        raise SystemExit(f"{case.name}: {trainer.layout.note}")
     trainer.train()
     return stop_measuring(baseline)
 
 
-def random_pairs(case: Case) -> Dataset:
-    """Pairs whose longer row fills `case.length` exactly (by truncation) and whose shorter row is padded."""
+def random_pairs(case: Case, count: int) -> list[dict[str, Any]]:
+    """Pairs of random tokens: prompt + chosen are `case.length` tokens, the rejected response is 16 shorter."""
     draw = random.Random(0)
 
-    def words(count: int) -> str:
-        return " ".join(f"w{draw.randrange(3, 30000)}" for _ in range(count))
+    def tokens(length: int) -> list[int]:
+        return [draw.randrange(3, 30000) for _ in range(length)]
 
     half = case.length // 2
-    rows = [
-        {"prompt": words(half) + " ", "chosen": words(case.length), "rejected": words(half - 16)}
-        for _ in range(2 * case.pairs * case.accumulation)
+    lengths = {"prompt_ids": half, "chosen_ids": case.length - half, "rejected_ids": half - 16}
+    return [
+        {"pair_id": str(number), **{name: tokens(length) for name, length in lengths.items()}}
+        for number in range(count)
     ]
-    return Dataset.from_list(rows)
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word `w0`, `w1`, ..."""
-    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2, **{f"w{i}": i for i in range(3, 30000)}}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+def tokenizer() -> PreTrainedTokenizerFast:
+    """For its padding token; the pairs are tokens already."""
+    words = models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>")
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
+        tokenizer_object=Tokenizer(words), pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
     )
 
 
@@ -280,7 +297,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 CPU_MEASURE = """Resident: rise of the process's peak resident memory (VmHWM) over its resident memory after
 the imports, with glibc's allocator as it is, which keeps part of what is freed; the estimate adds 15 % for that,
-a share set after seeing these cases.
+a share set after seeing such cases of TRL's trainer, and not changed since.
 Alive: the same, glibc told to return every freed tensor to the system at once (MALLOC_MMAP_THRESHOLD_=65536)."""
 
 CUDA_MEASURE = "Resident and alive: peak of `torch.cuda.max_memory_allocated`."
@@ -293,9 +310,10 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 `python benchmarks/memory.py`; {facts}.
 
-Random models, TRL's `{Trainer.__name__}`, two steps, one process per case; float32 unless the case says bf16
-(autocast), fused AdamW unless it names another. `4x512` is 4 pairs (8 rows) of 512 tokens. The estimate comes
-from the configuration alone, within seconds. {CUDA_MEASURE if DEVICE == "cuda" else CPU_MEASURE}
+Random models, prefopt's `{GPOTrainer.__name__}`, two steps, one process per case; float32 unless the case says bf16
+(autocast), fused AdamW unless it names another. `4x512` is 4 pairs of a prompt of 256 tokens and responses of 256
+and 240. Batches are packed and reference scores are known, unless the case says padded or reference-pass.
+The estimate comes from the configuration alone, within seconds. {CUDA_MEASURE if DEVICE == "cuda" else CPU_MEASURE}
 
 Ratio = estimate / measured. {verdicts}
 

@@ -13,6 +13,8 @@ to save), `length-N` (random words in the human pairs' proportions, scaled from 
 """
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import tempfile
@@ -29,6 +31,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import datasets
 import torch
 
+from benchmarks.throughput_peers import PEERS
 from benchmarks.throughput_processes import MEGABYTE, end_to_end, peak_memory
 from benchmarks.throughput_report import progress_line, report
 from benchmarks.throughput_steps import measure, pairs_needed
@@ -57,9 +60,11 @@ QUICK = {
     "even_batches": [2],
     "rounds": 3,
     "warmup": 1,
+    "whole_batch": 2,
     "steps": 10,
     "repeats": 1,
 }
+M_ARENA_MAX = -8  # malloc.h
 MATRIX = {"cpu": 2048, "cuda": 8192}
 
 
@@ -75,6 +80,8 @@ def parse(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="rounds that are not counted")
     parser.add_argument("--memory-batch", type=int, default=8, help="0: no measurement of memory")
     parser.add_argument("--end-to-end", action="store_true", help="whole runs as well")
+    parser.add_argument("--whole-peers", nargs="*", default=list(PEERS), help="whose whole runs")
+    parser.add_argument("--whole-batch", type=int, default=8, help="pairs a step of a whole run")
     parser.add_argument("--steps", type=int, default=100, help="of a whole run")
     parser.add_argument("--repeats", type=int, default=2, help="of the whole runs")
     for each in fields(Subject):
@@ -136,18 +143,34 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             facts["memory"].append(row)
             print(f"memory, {row['peer']}: {row['bytes'] / MEGABYTE:.0f} MB", flush=True)
     if options.end_to_end:
-        batch = 2 if options.quick else 8
+        batch = options.whole_batch
         pairs = pair_set(folder, options.sets[0], human, subject, batch * options.steps)
         for row in end_to_end(
-            subject, folder, pairs, batch=batch, steps=options.steps, repeats=options.repeats
+            subject,
+            folder,
+            pairs,
+            peers=options.whole_peers,
+            batch=batch,
+            steps=options.steps,
+            repeats=options.repeats,
         ):
             facts["end_to_end"].append({"pairs": len(pairs.rows), "batch": batch, **row})
             print(f"whole run, {row['peer']}, {row['caches']}: {row['seconds']:.1f} s", flush=True)
     return facts
 
 
+def share_one_arena() -> None:
+    """Let glibc give threads memory as it gives it to a main thread, where a trainer usually runs.
+
+    In a thread of its own, large tensors would be mapped anew for every use.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
+
+
 def main(given: list[str] | None = None) -> dict[str, Any]:
     """Measure, print, write."""
+    share_one_arena()
     options = parse(given)
     datasets.disable_progress_bars()
     if options.device == "cuda" and not torch.cuda.is_available():

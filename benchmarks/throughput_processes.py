@@ -10,7 +10,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.throughput_peers import LOGGING_STEPS, OURS, PEERS, PRECOMPUTED, build_trainer, longest
+from benchmarks.throughput_peers import LOGGING_STEPS, OURS, PEERS, PLAIN, PRECOMPUTED, build_trainer, longest
 from benchmarks.throughput_subject import PairSet, Subject, read_rows, tokenize
 from prefopt_cli.runs.metrics import read
 
@@ -78,13 +78,25 @@ def status_bytes(field: str) -> int:
 
 
 def end_to_end(
-    subject: Subject, folder: Path, pairs: PairSet, *, batch: int, steps: int, repeats: int
+    subject: Subject,
+    folder: Path,
+    pairs: PairSet,
+    *,
+    peers: Sequence[str],
+    batch: int,
+    steps: int,
+    repeats: int,
 ) -> Iterator[dict[str, Any]]:
-    """`prefopt train` and `trl dpo` as whole processes, in turn; each repeat with caches first empty, then filled."""
+    """`prefopt train` and `trl dpo` as whole processes, in turn; each repeat with caches first empty, then filled.
+
+    TRL as it comes keeps nothing that a second run would gain from, so it has no second run.
+    """
     for repeat in range(repeats):
         place = folder / f"end-to-end-{repeat}"
         for caches in ("cold", "warm"):
-            for name in PEERS:
+            for name in peers:
+                if caches == "warm" and name == PLAIN:
+                    continue
                 out = place / f"{caches}-{name}"
                 out.mkdir(parents=True)
                 command = _command(name, subject, folder, pairs, out, batch, steps)

@@ -209,7 +209,8 @@ def _whole(facts: dict[str, Any]) -> list[str]:
     rows = []
     for caches in ("cold", "warm"):
         ours = of(OURS, caches, "seconds")
-        for name in PEERS:
+        present = {row["peer"] for row in runs if row["caches"] == caches}
+        for name in (peer for peer in PEERS if peer in present):
             seconds = of(name, caches, "seconds")
             rows.append(
                 [
@@ -223,7 +224,8 @@ def _whole(facts: dict[str, Any]) -> list[str]:
                 ]
             )
     steps, repeats = facts["options"]["steps"], facts["options"]["repeats"]
-    text = f"{steps} steps of {runs[0]['batch']} pairs, {repeats} runs each, in turn; medians."
+    runs_each = "one run" if repeats == 1 else f"{repeats} runs"
+    text = f"{steps} steps of {runs[0]['batch']} pairs, {runs_each} each, in turn; medians."
     return [
         text,
         "",

@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 from prefopt_cli import data
 from prefopt_cli.recipe.schema import DatasetSettings
 from prefopt_cli.scoring.cache import Policy, ScoreCache
+from prefopt_cli.scoring.choice import choose_layout
 from prefopt_cli.scoring.frozen import score_frozen
-from prefopt_cli.scoring.layout import choose_layout
 from prefopt_cli.scoring.policy_digest import policy_digest
 from prefopt_cli.training.batches import example_of
 

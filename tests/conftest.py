@@ -21,7 +21,7 @@ CACHE = tempfile.TemporaryDirectory(prefix="prefopt-tests-")
 Path(CACHE.name, "sandbox").symlink_to(KEPT)
 os.environ["PREFOPT_CACHE"] = CACHE.name
 
-import pytest
+import pytest  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED = REPOSITORY.parent / "shared"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
+    from prefopt_cli.training.forecast import Packing
     from prefopt_cli.training.inspection import Inspection, MaskedPair
 
 EPILOG = "Example: prefopt check recipes/gpo-hh.yaml dataset.max_length=512"
@@ -88,8 +89,11 @@ def _print(found: "Inspection", recipe: str, console: "Console") -> None:
             )
         line()
     line(f"Loss: {found.method}.")
-    line(f"Reference policy: {found.reference}.")
+    scored = "scored once before training" if found.packing.cached else "run in every step"
+    line(f"Reference policy: {found.reference}; {scored}.")
     line(f"Steps: {found.steps} of {found.pairs_per_step} pairs per process.")
+    line()
+    _print_packing(found.packing, console)
     line()
     _print_memory(found, console)
     for note in found.notes:
@@ -121,11 +125,37 @@ def _visible(token: str) -> str:
     return token.replace("\n", "\\n").replace("\t", "\\t")
 
 
+def _print_packing(packing: "Packing", console: "Console") -> None:
+    from prefopt_cli.cli.tables import Column, print_table
+
+    def line(text: str) -> None:
+        console.print(text, markup=False, soft_wrap=True)
+
+    if packing.packed:
+        line("Layout: packed, every prompt once and no padding, unless the first batch speaks against it.")
+    else:
+        line(f"Layout: padded rows, because {packing.reason}.")
+    padded = (f"{packing.padded_tokens:,.0f}", f"{packing.padding_share:.0%}")
+    own = (f"{packing.packed_tokens:,.0f}", "none") if packing.packed else padded
+    title = f"a batch of {packing.pairs} pairs (mean of {packing.batches:,})"
+    names = ["tokens through the model", "of them padding", "of them in responses"]
+    responses = f"{packing.response_tokens:,.0f}"
+    print_table(
+        console,
+        Column(title, names),
+        [Column("TRL's padded rows", [*padded, responses]), Column("prefopt", [*own, responses])],
+    )
+    line(
+        f"Predicted from the arithmetic: {packing.speedup:.1f} times as fast as TRL's step as it comes, "
+        f"{packing.speedup_precomputed:.1f} times with its reference precomputed."
+    )
+
+
 def _print_memory(found: "Inspection", console: "Console") -> None:
     from rich import box
     from rich.table import Table
 
-    from prefopt_cli.models.memory import format_bytes
+    from prefopt_cli.training.memory import format_bytes
 
     memory = found.memory
     share = memory.trainable_parameters / memory.parameters
@@ -139,5 +169,10 @@ def _print_memory(found: "Inspection", console: "Console") -> None:
     for part, size in rows.items():
         table.add_row(part, format_bytes(size), style="bold" if part == "total" else "")
     console.print(table)
+    console.print(
+        f"It is that of the heaviest batch of an epoch in random order, with {found.packing.heaviest_tokens:,} "
+        "tokens through the model.",
+        soft_wrap=True,
+    )
     for note in memory.notes:
         console.print(f"Note: {note}", markup=False, soft_wrap=True)

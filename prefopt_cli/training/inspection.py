@@ -9,13 +9,14 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from prefopt_cli.models.memory import MemoryEstimate, Precision, estimate_memory
 from prefopt_cli.models.policy import describe_reference
 from prefopt_cli.recipe.schema import LoraAdapter, Recipe
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.arguments import training_arguments
+from prefopt_cli.training.forecast import Forecast, Packing, checkpoints_layers, forecast
 from prefopt_cli.training.functions import describe_probe, find_function, require_usable
-from prefopt_cli.training.preparation import Prepared, extent, prepare, training_field
+from prefopt_cli.training.memory import MemoryEstimate, Precision, Reference, estimate_memory
+from prefopt_cli.training.preparation import Prepared, prepare, training_field
 from prefopt_cli.training.reporting import Reporter
 
 Device = Literal["cpu", "cuda"]
@@ -43,6 +44,7 @@ class Inspection:
     reference: str
     receipt: dict[str, Any]
     masks: list[MaskedPair]
+    packing: Packing
     memory: MemoryEstimate
     device: Device
     pairs_per_step: int
@@ -82,12 +84,14 @@ def inspect(
     per_step = training_field(given, "per_device_train_batch_size") * training_field(
         given, "gradient_accumulation_steps"
     )
+    ahead = forecast(recipe, prepared, device)
     return Inspection(
         method=method,
         reference=describe_reference(prepared.source, recipe.adapter),
         receipt=prepared.tokens.receipt.to_dict(),
         masks=_masks(prepared, pairs),
-        memory=_memory(recipe, prepared, device),
+        packing=ahead.packing,
+        memory=_memory(recipe, prepared, ahead, device),
         device=device,
         pairs_per_step=per_step,
         steps=_steps(given, len(prepared.tokens.train), per_step),
@@ -125,28 +129,24 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     return pieces
 
 
-def _memory(recipe: Recipe, prepared: Prepared, device: Device) -> MemoryEstimate:
-    """Of the batch that holds the longest row: the run's peak is there."""
+def _memory(recipe: Recipe, prepared: Prepared, ahead: Forecast, device: Device) -> MemoryEstimate:
+    """Of the heaviest batch of an epoch in random order: the run's peak is there or thereabouts."""
     given = recipe.training
-    lengths = prepared.tokens.receipt.to_dict()["sets"]["train"]["lengths"]
     return estimate_memory(
         prepared.skeleton,
+        ahead.heaviest,
+        ahead.layout,
         reference=_reference_kind(recipe),
-        rows=2 * training_field(given, "per_device_train_batch_size"),
-        row_length=extent(prepared.tokens.train)[0],
-        response_length=max(lengths["chosen"]["p95"], lengths["rejected"]["p95"]),
         optimizer=training_field(given, "optim"),
         mixed_precision=_precision(given, device),
-        gradient_checkpointing=given.get(
-            "activation_checkpointing", training_field(given, "gradient_checkpointing")
-        ),
+        gradient_checkpointing=checkpoints_layers(given),
         gradient_accumulation_steps=training_field(given, "gradient_accumulation_steps"),
         device=device,
     )
 
 
-def _reference_kind(recipe: Recipe) -> Literal["copy", "adapter_disabled", "none"]:
-    if recipe.training.get("precompute_ref_log_probs"):
+def _reference_kind(recipe: Recipe) -> Reference:
+    if training_field(recipe.training, "precompute_ref_log_probs"):
         return "none"
     return "adapter_disabled" if isinstance(recipe.adapter, LoraAdapter) else "copy"
 

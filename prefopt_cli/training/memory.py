@@ -2,8 +2,9 @@
 
 One step is run on tensors without data (`memory_step`) while every allocation is logged (`memory_log`); the
 optimizer's share is arithmetic (`memory_optimizer`). Not counted: Python and its libraries (about 0.6 GiB of
-resident memory on the CPU; the CUDA context on a GPU), data, and what an allocator keeps back. On the CPU glibc
-may keep back up to 40 % (`benchmarks/results/memory.md`); MALLOC_MMAP_THRESHOLD_=65536 makes it return all.
+resident memory on the CPU; the CUDA context on a GPU), data, and the scoring of the data with the reference before
+training. What an allocator keeps back is a rule of thumb: on the CPU glibc may keep much more, as the table in
+`benchmarks/results/memory.md` shows; MALLOC_MMAP_THRESHOLD_=65536 makes it return all.
 """
 
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ __all__ = ["Device", "MemoryEstimate", "Precision", "Reference", "estimate_memor
 
 ALLOCATOR_SHARE = {"cpu": 0.15, "cuda": 0.0}
 """What the allocator keeps of freed memory, as a share of what is alive. A rule of thumb for glibc, which kept
-7 to 43 % in `benchmarks/memory.py`; PyTorch's own figures of CUDA memory leave it out."""
+7 to 43 % in runs of TRL's trainer; PyTorch's own figures of CUDA memory leave it out."""
 
 ALLOCATOR = "kept by the allocator"
 

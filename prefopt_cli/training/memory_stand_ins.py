@@ -3,10 +3,10 @@
 - A fake table of calls cannot be read, so attention in pieces gets a real one (`pieces_of`).
 - `nonzero` and Triton need data, so two functions of `prefopt_cli.scoring.head` are replaced (`head_stand_ins`).
 - FlexAttention needs a GPU; like causal attention it keeps queries, keys, values, outputs and one number per
-  query and head (`causal_scores`).
+  query and head (`causal_row`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -26,6 +26,9 @@ Device = Literal["cpu", "cuda"]
 
 TRACED_PIECES = "prefopt_pieces_traced"
 """Name of the attention implementation that `pieces_of` registers."""
+
+TRACED_ROW = "prefopt_row_traced"
+"""Name of `causal_row` among the attention implementations; without a mask function, so that no mask is made."""
 
 
 class _Table:
@@ -61,11 +64,16 @@ def pieces_of(calls: Tensor) -> str:
     return TRACED_PIECES
 
 
-def causal_scores(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """(N,) log-probabilities by causal attention over the packed row, as if it were one sequence."""
-    names = ("input_ids", "predicting", "targets")
-    scores: TokenScores = model(**{name: batch[name] for name in names}, attention_mask=None)
-    return scores.log_probs
+def causal_row(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Causal attention over the packed row as if it were one sequence; see `attention_in_pieces` for shapes."""
+    options = {**kwargs, "is_causal": True}
+    output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, None, **options)
+    return output
+
+
+AttentionInterface.register(TRACED_ROW, causal_row)
 
 
 @contextmanager

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from prefopt_cli.scoring.attention import BLOCK
 from prefopt_cli.scoring.forward import plain_model, score_responses
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
 from prefopt_cli.training.memory_log import AllocationLog
-from prefopt_cli.training.memory_stand_ins import Device, causal_scores, head_stand_ins, pieces_of
+from prefopt_cli.training.memory_stand_ins import TRACED_ROW, Device, head_stand_ins, pieces_of
 
 Reference = Literal["copy", "adapter_disabled", "none"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -45,9 +46,15 @@ class StepShape:
     """Whether gradients of an earlier micro-batch are there already."""
     device: Device
 
+    @property
+    def traced_layout(self) -> Layout:
+        """Blocks stand in one row, as pieces do, and their mask is small beside all else."""
+        return Layout("pieces") if self.layout.way == "blocks" else self.layout
+
     def batch(self) -> dict[str, Tensor]:
         """The batch as the model gets it."""
-        return self.layout.batch(self.examples, 0)
+        multiple = BLOCK if self.layout.way == "blocks" else None
+        return self.traced_layout.batch(self.examples, 0, multiple)
 
 
 def trace_step(model: nn.Module, shape: StepShape) -> dict[str, int]:
@@ -120,16 +127,16 @@ def _set_attention(model: Any, shape: StepShape, batch: Mapping[str, Tensor]) ->
     if str(getattr(plain.config, "_attn_implementation", None)).startswith(("flash", "kernels")):
         # These kernels need a GPU; sdpa never stores the score matrix either.
         plain.config._attn_implementation = "sdpa"
-    if shape.layout.way == "blocks":  # stands on sdpa, see `causal_scores`
-        Layout("mask").prepare(model)
-        plain.set_attn_implementation("sdpa")
-    else:
-        shape.layout.prepare(model)
-    if shape.layout.way == "pieces":
+    shape.traced_layout.prepare(model)
+    if shape.layout.way == "blocks":
+        plain.set_attn_implementation(TRACED_ROW)
+    elif shape.layout.way == "pieces":
         plain.set_attn_implementation(pieces_of(batch["calls"]))
 
 
-def _loss(policy: Any, frozen: Any, batch: Mapping[str, Tensor], shape: StepShape, log: AllocationLog) -> Tensor:
+def _loss(
+    policy: Any, frozen: Any, batch: Mapping[str, Tensor], shape: StepShape, log: AllocationLog
+) -> Tensor:
     """Policy forward, then reference forward, as the trainer orders them: the activations are there during both."""
     scores = _score(policy, batch, shape)
     if shape.reference != "none":
@@ -160,9 +167,7 @@ def _without_checkpointing(policy: nn.Module) -> Iterator[None]:
 def _score(model: Any, batch: Mapping[str, Tensor], shape: StepShape) -> Tensor:
     """Summed log-probabilities of the responses."""
     with _autocast(shape):
-        if shape.layout.way == "blocks":
-            return causal_scores(model, batch)
-        return score_responses(model, batch, shape.layout).logps
+        return score_responses(model, batch, shape.traced_layout).logps
 
 
 def _autocast(shape: StepShape) -> AbstractContextManager[Any]:

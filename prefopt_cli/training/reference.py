@@ -12,8 +12,9 @@ from trl import DPOConfig
 
 from prefopt_cli.data import TokenizedData
 from prefopt_cli.scoring.cache import Policy, ScoreCache
+from prefopt_cli.scoring.choice import Requested, choose_layout, wants_router_loss
 from prefopt_cli.scoring.frozen import FrozenScores, score_frozen
-from prefopt_cli.scoring.layout import Layout, Requested, choose_layout
+from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.policy_digest import policy_digest
 from prefopt_cli.training.batches import example_of
 from prefopt_cli.training.preparation import Prepared, extent
@@ -35,17 +36,13 @@ def layout_for(model: Any, prepared: Prepared, args: DPOConfig, requested: Reque
     train = prepared.tokens.train
     first = train.select(range(min(args.train_batch_size, len(train))))
     sets = [train, *prepared.tokens.eval.values()]
-    text = model.config.get_text_config()
-    coefficient = args.router_aux_loss_coef
-    if coefficient is None:
-        coefficient = getattr(text, "router_aux_loss_coef", 0.0)
     return choose_layout(
         model,
         [example_of(pair) for pair in first],
         longest=max(extent(rows)[0] for rows in sets),
         requested=requested,
         autocast=precision(args),
-        router_loss=hasattr(text, "output_router_logits") and bool(coefficient),
+        router_loss=wants_router_loss(model.config, args.router_aux_loss_coef),
     )
 
 

@@ -20,8 +20,9 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
+from prefopt_cli.scoring.choice import choose_layout
 from prefopt_cli.scoring.forward import ResponseScores, score_responses
-from prefopt_cli.scoring.layout import Layout, choose_layout
+from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training.batches import PairCollator, example_of
 from prefopt_cli.training.guard import FiniteGuard
 from prefopt_cli.training.metrics import EvalMeans, TrainMeans
@@ -54,7 +55,7 @@ class PreferenceTrainer(DPOTrainer):
         peft_config: a new adapter to be added to the model.
         callbacks: more callbacks.
         card: the model card that lies beside the checkpoints.
-        layout: how batches are laid out; None chooses (see `prefopt_cli.scoring.layout`).
+        layout: how batches are laid out; None chooses (see `prefopt_cli.scoring.choice`).
     """
 
     def __init__(

@@ -43,10 +43,16 @@ def test_sections_in_their_order(prefopt: Prefopt, recipe: Path, tmp_path: Path)
             "What is trained (marked)",
             "Loss: logistic: f'(0) = -0.5",
             "Reference policy: a frozen copy of",
+            "scored once before training.",
             "Steps: 6 of 4 pairs per process.",
+            "Layout: packed",
+            "a batch of 4 pairs (mean of 24)",
+            "tokens through the model",
+            "Predicted from the arithmetic: ",
             "are trained.",
             "peak memory per process on cpu",
             "LM head",
+            "heaviest batch of an epoch",
         )
     ]
     assert places == sorted(places)
@@ -58,7 +64,7 @@ def test_sections_in_their_order(prefopt: Prefopt, recipe: Path, tmp_path: Path)
 def test_json_holds_everything(check: Check) -> None:
     found = check()
     assert set(found) == {
-        "method", "reference", "receipt", "masks", "memory", "device", "pairs_per_step", "steps", "notes",
+        "method", "reference", "receipt", "masks", "packing", "memory", "device", "pairs_per_step", "steps", "notes",
     }  # fmt: skip
     assert found["receipt"]["sets"]["train"]["rows"] == 96
     assert found["receipt"]["sets"]["heldout"]["rows"] == 24
@@ -127,6 +133,51 @@ def test_another_device_is_only_estimated(check: Check) -> None:
     assert found["device"] == "cuda"
     assert found["memory"]["total"] > 0
     assert check("--device", "cuda", "training.use_cpu=false", "training.tf32=true")["device"] == "cuda"
+
+
+def test_what_packing_saves(check: Check) -> None:
+    found = check("--pairs", "0")["packing"]
+    assert (found["packed"], found["reason"], found["cached"]) == (True, None, True)
+    assert (found["batches"], found["pairs"]) == (24, 4)
+    assert found["response_tokens"] < found["packed_tokens"] < found["padded_tokens"]
+    assert 0 < found["padding_share"] < 1
+    assert found["packed_tokens"] <= found["heaviest_tokens"] < 1.5 * found["packed_tokens"]
+    assert found["speedup"] > found["speedup_precomputed"] > found["padded_tokens"] / found["packed_tokens"]
+
+
+def test_a_padded_layout_and_its_reason(prefopt: Prefopt, recipe: Path, check: Check) -> None:
+    padded = "training.attention_layout=padded"
+    packed, found = check("--pairs", "0"), check(padded, "--pairs", "0")
+    assert found["packing"]["packed"] is False
+    assert 1 < found["packing"]["speedup"] < packed["packing"]["speedup"]
+    assert found["memory"]["total"] > packed["memory"]["total"]
+    shown = prefopt("check", str(recipe), padded, "--pairs", "0").out
+    assert "Layout: padded rows, because the recipe asks for them." in shown
+
+
+def test_a_model_that_cannot_be_packed(
+    prefopt: Prefopt, recipe: Path, tiny_world: Path, tmp_path: Path
+) -> None:
+    """A window of 8 tokens, which counts tokens of other responses as well."""
+    model = shutil.copytree(tiny_world / "model", tmp_path / "windowed")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 8}
+    (model / "config.json").write_text(json.dumps(config))
+    name = f"model.name_or_path={model}"
+    shown = prefopt("check", str(recipe), name, "--pairs", "0")
+    assert "Layout: padded rows, because the model sees 8 tokens back" in shown.out, shown.err
+    insists = prefopt("check", str(recipe), name, "training.attention_layout=packed")
+    assert insists.code == 2
+    assert "packed is not possible, because the model sees 8 tokens back" in insists.err
+
+
+def test_a_reference_pass_in_every_step(prefopt: Prefopt, recipe: Path, check: Check) -> None:
+    each = "training.precompute_ref_log_probs=false"
+    cached, found = check("--pairs", "0"), check(each, "--pairs", "0")
+    assert "frozen policy" not in cached["memory"]["parts"]
+    assert found["memory"]["parts"]["frozen policy"] == found["memory"]["parts"]["weights"]
+    assert found["packing"]["speedup"] < cached["packing"]["speedup"]
+    assert "; run in every step." in prefopt("check", str(recipe), each, "--pairs", "0").out
 
 
 def test_unknown_device(prefopt: Prefopt, recipe: Path) -> None:

@@ -13,8 +13,9 @@ from transformers.masking_utils import sdpa_mask
 
 from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.scoring.attention import PIECES
+from prefopt_cli.scoring.choice import choose_layout
 from prefopt_cli.scoring.forward import score_responses
-from prefopt_cli.scoring.layout import Layout, choose_layout
+from prefopt_cli.scoring.layout import Layout
 from tests.scoring.build import FAMILIES, build, examples, one_by_one, relative
 
 GIVEN = examples([[5, 7, 3], [0, 4, 6], [8, 1, 9], [3, 1, 1]])
@@ -258,7 +259,7 @@ def test_of_a_large_first_batch_a_part_is_scored_both_ways(monkeypatch: pytest.M
         return whole(self, given, *rest)
 
     monkeypatch.setattr(Layout, "batch", noted)
-    monkeypatch.setattr("prefopt_cli.scoring.layout.PROBE_TOKENS", 200)
+    monkeypatch.setattr("prefopt_cli.scoring.trial.PROBE_TOKENS", 200)
 
     assert choose_layout(build("llama"), examples([[5, 7, 3]] * 50), longest=12).way == "pieces"
 

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trl.trainer.utils
@@ -10,13 +11,29 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.models import memory_step
-from prefopt_cli.models.memory import estimate_memory, format_bytes
-from prefopt_cli.models.memory_log import AllocationLog
-from prefopt_cli.models.memory_optimizer import optimizer_state_bytes, optimizer_step_bytes
+from prefopt_cli.scoring import head
+from prefopt_cli.scoring.forward import plain_model, score_responses
+from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.scoring.packing import Example
+from prefopt_cli.training import memory_step
+from prefopt_cli.training.memory import estimate_memory, format_bytes
+from prefopt_cli.training.memory_log import AllocationLog
+from prefopt_cli.training.memory_optimizer import optimizer_state_bytes, optimizer_step_bytes
+from prefopt_cli.training.memory_step import StepShape, trace_step
+
+PACKED, PADDED = Layout("pieces"), Layout()
+WAYS = {"pieces": PACKED, "mask": Layout("mask"), "padded": PADDED}
+
+
+def pairs(count: int = 2, prompt: int = 40, response: int = 24) -> list[Example]:
+    """Pairs whose rejected response is a third of the chosen one."""
+    lengths = prompt, response, max(response // 3, 1)
+    return [
+        Example(np.ones(lengths[0], int), tuple(np.ones(n, int) for n in lengths[1:])) for _ in range(count)
+    ]
+
 
 GIB = 2**30
-BATCH: dict[str, Any] = {"rows": 4, "row_length": 64, "response_length": 24}
 
 
 def llama(**changes: Any) -> LlamaConfig:
@@ -53,8 +70,15 @@ def build(config: Any, *, lora: bool = False, dtype: torch.dtype = torch.float32
     return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def estimate(model: Any, reference: str = "copy", **changes: Any) -> Any:
-    found = estimate_memory(model, reference=reference, **{**BATCH, **changes})  # type: ignore[arg-type]
+def estimate(
+    model: Any,
+    reference: str = "copy",
+    *,
+    batch: list[Example] | None = None,
+    layout: Layout = PACKED,
+    **changes: Any,
+) -> Any:
+    found = estimate_memory(model, batch or pairs(), layout, reference=reference, **changes)  # type: ignore[arg-type]
     assert found.method == "traced", found.notes
     return found
 
@@ -84,38 +108,48 @@ def test_parameter_counts_and_weights_are_those_of_the_built_model(name: str, lo
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_activations_before_the_head_are_what_autograd_saves_on_real_tensors(
-    name: str, checkpointing: bool
+def test_what_is_alive_before_backward_is_what_autograd_saves_on_real_tensors(
+    name: str, way: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted by hooks on the real model: unique storages saved for backward that are not parameters."""
-    real = build(CONFIGS[name]).train()
+    """Counted by hooks on the real model and head: unique storages saved for backward that are not parameters."""
+    real, layout = build(CONFIGS[name]).train(), WAYS[way]
     for module in real.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     if checkpointing:
         real.gradient_checkpointing_enable({"use_reentrant": False})
+    layout.prepare(real)
     saved: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
         return tensor
 
-    tokens = torch.zeros(BATCH["rows"], BATCH["row_length"], dtype=torch.long)
-    mask = torch.ones_like(tokens)
-    mask[0, -8:] = 0  # with padding, as in a real batch
+    batch = layout.batch(pairs(), 0)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        hidden = real.base_model(input_ids=tokens, attention_mask=mask, use_cache=False).last_hidden_state
-    for tensor in [*real.parameters(), *real.buffers()]:
+        logps = score_responses(real, batch, layout).logps
+    for tensor in [*real.parameters(), *real.buffers(), *batch.values()]:
         saved.pop(tensor.untyped_storage().data_ptr(), None)
-    expected = sum(storage.nbytes() for storage in saved.values())
-    assert hidden.requires_grad
+    # The head keeps its probabilities on its own: 2 x (24 + 8) tokens of a vocabulary of 500 in float32.
+    expected = sum(storage.nbytes() for storage in saved.values()) + 64 * 500 * 4
+    assert logps.requires_grad
 
-    found = estimate(on_meta(CONFIGS[name]), "none", gradient_checkpointing=checkpointing)
+    alive: list[int] = []
 
-    # The head has the peak at this size of vocabulary. Checkpointing holds masks and rotary angles besides.
-    spare = 2**15 if checkpointing else 16
-    assert expected <= found.parts["activations"] <= expected + spare
+    def count(_: torch.Tensor, log: AllocationLog) -> None:
+        alive.append(sum(change for serial, change in log._events if log._parts[serial] != "weights"))
+
+    monkeypatch.setattr(memory_step, "_backward", count)
+    trace_step(
+        on_meta(CONFIGS[name]),
+        StepShape(pairs(), layout, "none", "no", checkpointing, accumulates=False, device="cpu"),
+    )
+
+    # What the hooks do not see is small: the head's own figures; with checkpointing, masks and rotary angles.
+    spare = 2**14 + 2**15 * checkpointing
+    assert expected - 2**14 <= alive[0] <= expected + spare
 
 
 def test_the_log_counts_storages_once_and_finds_the_peak() -> None:
@@ -135,11 +169,33 @@ def test_the_log_counts_storages_once_and_finds_the_peak() -> None:
     assert log.peak() == {"activations": 4000, "later": 3000}
 
 
-def test_activations_are_linear_in_rows() -> None:
+@pytest.mark.parametrize("way", ["pieces", "padded"])
+def test_activations_are_linear_in_pairs(way: str) -> None:
     model = on_meta(llama())
-    found = [estimate(model, "none", rows=rows).parts["activations"] for rows in (4, 12)]
+    found = [
+        estimate(model, "none", batch=pairs(count, 400, 24), layout=WAYS[way]).parts["activations"]
+        for count in (2, 6)
+    ]
 
-    assert found[1] == pytest.approx(3 * found[0], rel=0.01)
+    assert found[1] == pytest.approx(3 * found[0], rel=0.05)
+
+
+def test_packed_rows_store_less_than_padded_ones() -> None:
+    """A prompt of 400 tokens with responses of 24 and 8: 432 tokens instead of 2 rows of 424."""
+    model, batch = on_meta(llama()), pairs(4, 400, 24)
+    packed, padded = (estimate(model, "none", batch=batch, layout=layout) for layout in (PACKED, PADDED))
+
+    assert packed.parts["activations"] < 0.6 * padded.parts["activations"]
+
+
+def test_attention_on_cuda_is_counted_as_in_one_row_and_without_a_mask() -> None:
+    model, batch = on_meta(llama()), pairs(4, 400, 24)
+    blocks, masked = (
+        estimate(model, "none", batch=batch, layout=layout, device="cuda")
+        for layout in (Layout("blocks"), Layout("mask"))
+    )
+
+    assert 0.7 < blocks.parts["activations"] / masked.parts["activations"] < 1.1
 
 
 def test_checkpointing_stores_less() -> None:
@@ -154,7 +210,8 @@ def test_checkpointing_stores_less() -> None:
 def test_eager_attention_stores_the_scores() -> None:
     """4 rows x 4 heads x 256 x 256 scores of 4 bytes are 4 MiB in each of 4 layers; sdpa's mask is 1 MiB."""
     sdpa, eager = on_meta(llama()), on_meta(llama(attn_implementation="eager"))
-    stored = [estimate(model, row_length=256).parts["activations"] for model in (sdpa, eager)]
+    batch = pairs(2, 128, 128)
+    stored = [estimate(model, batch=batch, layout=PADDED).parts["activations"] for model in (sdpa, eager)]
 
     assert stored[1] - stored[0] >= 4 * 2.5 * 2**20
 
@@ -171,9 +228,9 @@ def test_a_reference_copy_costs_the_weights_again_and_an_adapter_needs_none() ->
 
 def test_lora_drops_gradients_and_optimizer_states_of_the_frozen_weights() -> None:
     wide = llama(hidden_size=256, intermediate_size=1024)
-    batch = {"rows": 2, "row_length": 4}  # small activations: the peak is where the gradients are
-    full = estimate(on_meta(wide), **batch)
-    lora = estimate(on_meta(wide, lora=True), "adapter_disabled", **batch)
+    batch = pairs(1, 2, 2)  # small activations: the peak is where the gradients are
+    full = estimate(on_meta(wide), batch=batch)
+    lora = estimate(on_meta(wide, lora=True), "adapter_disabled", batch=batch)
 
     assert full.parts["optimizer"] == 8 * full.trainable_parameters
     assert lora.parts["optimizer"] == 8 * lora.trainable_parameters
@@ -208,20 +265,30 @@ def test_bfloat16_weights_take_half() -> None:
     assert found[1].parts["optimizer"] == found[0].parts["optimizer"] / 2
 
 
-def test_on_cuda_the_head_runs_on_responses_only() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_head_runs_on_responses_only(device: str) -> None:
     model = on_meta(llama(vocab_size=8000))
     long, short = (
-        estimate(model, "none", device="cuda", row_length=512, response_length=length, rows=8)
-        for length in (500, 10)
+        estimate(model, "none", batch=pairs(4, 512 - length, length), layout=PADDED, device=device)
+        for length in (400, 10)
     )
-    cpu = estimate(model, "none", row_length=512, response_length=10, rows=8)
 
-    assert short.total < long.total < cpu.total
+    assert short.parts.get("LM head", 0) < long.parts["LM head"]
+    assert short.total < long.total
+
+
+def test_the_head_keeps_no_more_than_its_limit() -> None:
+    """1,400 response tokens of a vocabulary of 32,000 would be 171 MiB of probabilities."""
+    found = estimate(on_meta(llama(vocab_size=32000)), "none", batch=pairs(2, 500, 525))
+    chunk = head.CHUNK_ROWS * 32000 * 4
+
+    # The chunk at work is there three times: logits, log-probabilities, and their product's gradient.
+    assert head.KEPT_BYTES - chunk <= found.parts["LM head"] <= head.KEPT_BYTES + 4 * chunk
 
 
 def test_the_peak_is_the_optimizer_step_when_activations_are_tiny() -> None:
     model = on_meta(llama(hidden_size=256, intermediate_size=4096, vocab_size=100))
-    found = estimate(model, "none", rows=2, row_length=2, optimizer="adamw_torch", device="cuda")
+    found = estimate(model, "none", batch=pairs(1, 1, 1), optimizer="adamw_torch", device="cuda")
     trained = 4 * found.trainable_parameters
 
     assert found.phase == "optimizer step"
@@ -299,8 +366,8 @@ def test_an_8b_model_takes_no_memory_to_estimate() -> None:
     found = estimate(
         on_meta(LlamaConfig(**LLAMA_8B), dtype=torch.bfloat16),
         "copy",
-        row_length=1024,
-        response_length=256,
+        batch=pairs(2, 768, 256),
+        layout=Layout("blocks"),
         mixed_precision="bf16",
         gradient_checkpointing=True,
         device="cuda",
@@ -330,7 +397,7 @@ def test_a_model_that_needs_data_falls_back_to_a_labelled_formula() -> None:
     traced = estimate(model)
     model.model.layers[0].mlp = Branching(model.model.layers[0].mlp)
 
-    found = estimate_memory(model, reference="copy", **BATCH)
+    found = estimate_memory(model, pairs(), PACKED, reference="copy")
 
     assert found.method == "formula"
     assert "rule of thumb" in found.notes[0]
@@ -350,18 +417,21 @@ def test_the_model_is_left_as_it_is() -> None:
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not model.training
     assert not model.is_gradient_checkpointing
+    assert plain_model(model).config._attn_implementation == "sdpa"
+    assert not hasattr(plain_model(model), "scores_responses")
+    assert head.token_scores.__module__ == head.__name__
     assert all(p.grad is None for p in model.parameters())
 
 
 def test_impossible_questions_are_user_errors() -> None:
     with pytest.raises(UserError, match="no adapter"):
-        estimate_memory(on_meta(llama()), reference="adapter_disabled", **BATCH)
+        estimate_memory(on_meta(llama()), pairs(), PACKED, reference="adapter_disabled")
     with pytest.raises(UserError, match="nothing to score"):
-        estimate_memory(on_meta(llama()), reference="none", rows=0, row_length=8, response_length=4)
+        estimate_memory(on_meta(llama()), [], PACKED, reference="none")
 
 
 def test_trl_still_tiles_its_head_as_assumed() -> None:
-    assert memory_step.VOCABULARY_CHUNK == trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
+    assert head.TRL_CHUNK == trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""How a recipe's batches will be laid out, how large they will be and what that saves, without any weights."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+from torch import nn
+
+from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.scoring.choice import packed_layouts, require_choice, unsuited, wants_router_loss
+from prefopt_cli.scoring.forward import plain_model
+from prefopt_cli.scoring.head import KEPT_BYTES
+from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.scoring.packing import Example
+from prefopt_cli.scoring.savings import (
+    Device,
+    ModelWork,
+    Savings,
+    draw_batches,
+    heaviest_batch,
+    predict_savings,
+)
+from prefopt_cli.training.preparation import PARTS, Prepared, extent, training_field
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Packing(Savings):
+    """What `prefopt check` tells of the batches."""
+
+    packed: bool
+    """The expected layout; training settles it on its first batch, which is scored both ways."""
+    reason: str | None
+    """Why it will be padded."""
+    cached: bool
+    """Whether the reference's log-probabilities are known before training."""
+    heaviest_tokens: int
+    """Positions of the heaviest batch, in the expected layout; the memory estimate is of that one."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """The expected layout, and what follows from it and the data."""
+
+    packing: Packing
+    layout: Layout
+    heaviest: list[Example]
+    """The heaviest batch of an epoch in random order; the tokens themselves are zeros."""
+
+
+def forecast(recipe: Recipe, prepared: Prepared, device: Device) -> Forecast:
+    """Look ahead.
+
+    Raises:
+        UserError: the recipe insists on packing, and the model cannot be packed.
+    """
+    given = recipe.training
+    model = plain_model(prepared.skeleton)
+    reason = padding_reason(recipe, prepared)
+    layout = Layout() if reason else packed_layouts(model, device)[0]
+    lengths = pair_lengths(prepared.tokens.train)
+    batches = draw_batches(lengths, training_field(given, "per_device_train_batch_size"))
+    cached = training_field(given, "precompute_ref_log_probs")
+    savings = predict_savings(
+        batches,
+        model_work(prepared.skeleton, checkpointing=checkpoints_layers(given)),
+        packed=not reason,
+        cached=cached,
+        device=device,
+        kept=KEPT_BYTES // (FLOAT32_BYTES * _head(model).size(0)) if device == "cpu" else 0,
+    )
+    heaviest = [_blank(pair) for pair in heaviest_batch(batches, packed=not reason)]
+    packing = Packing(
+        **vars(savings),
+        packed=not reason,
+        reason=reason,
+        cached=cached,
+        heaviest_tokens=layout.batch(heaviest, 0)["input_ids"].numel(),
+    )
+    return Forecast(packing, layout, heaviest)
+
+
+def padding_reason(recipe: Recipe, prepared: Prepared) -> str | None:
+    """Why rows will be padded, as far as the configuration tells; None where they will be packed.
+
+    Raises:
+        UserError: the recipe insists on packing, and the model cannot be packed.
+    """
+    given = recipe.training
+    requested = training_field(given, "attention_layout")
+    if requested == "padded":
+        return "the recipe asks for them"
+    model = plain_model(prepared.skeleton)
+    sets = [prepared.tokens.train, *prepared.tokens.eval.values()]
+    reason = unsuited(
+        model,
+        longest=max(extent(rows)[0] for rows in sets),
+        router_loss=wants_router_loss(model.config, training_field(given, "router_aux_loss_coef")),
+    )
+    require_choice(requested, reason)
+    return reason
+
+
+def pair_lengths(rows: Dataset) -> np.ndarray:
+    """(P, 3) tokens of prompt, chosen and rejected response of every pair of a tokenised set."""
+    table = rows.with_format("arrow")[:]
+    return np.stack([pc.list_value_length(table[f"{part}_ids"]).to_numpy() for part in PARTS], axis=1).astype(
+        np.int64
+    )
+
+
+def model_work(model: Any, *, checkpointing: bool) -> ModelWork:
+    """Count a model's weights by what they do.
+
+    Args:
+        model: a causal language model, peft's wrapper or not, on any device.
+        checkpointing: whether its layers are computed again in backward.
+    """
+    plain = plain_model(model)
+    weights = dict.fromkeys(
+        weight
+        for name, module in plain.base_model.named_modules()
+        if not isinstance(module, nn.Embedding) and not name.endswith("original_module")
+        for weight in module.parameters(recurse=False)
+        if weight.ndim > 1
+    )
+    head = _head(plain)
+    text = plain.config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    heads = heads if isinstance(heads, int) else 0  # a state-space model has none, some have a list of them
+    size = getattr(text, "head_dim", None) or text.hidden_size // max(heads, 1)
+    return ModelWork(
+        trained=sum(weight.numel() for weight in weights if weight.requires_grad),
+        frozen=sum(weight.numel() for weight in weights if not weight.requires_grad),
+        head=head.numel(),
+        head_is_trained=head.requires_grad,
+        attention=text.num_hidden_layers * heads * size,
+        checkpointing=checkpointing,
+    )
+
+
+def checkpoints_layers(given: dict[str, Any]) -> bool:
+    """Whether training computes the layers again in backward."""
+    return bool(given.get("activation_checkpointing", training_field(given, "gradient_checkpointing")))
+
+
+def _head(model: Any) -> Any:
+    """(V, H) weights of the language-model head."""
+    return model.get_output_embeddings().weight
+
+
+def _blank(pair: np.ndarray) -> Example:
+    prompt, *responses = (np.zeros(length, dtype=np.int64) for length in pair)
+    return Example(prompt, responses)

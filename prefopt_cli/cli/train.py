@@ -64,9 +64,13 @@ def train(
     elif outcome.status == "finished":
         _print_finished(outcome)
     if outcome.status == "interrupted":
+        where = (
+            f"at step {outcome.step} of {outcome.total_steps}; a checkpoint was saved"
+            if outcome.total_steps
+            else "while scoring with the reference policy; what is done is kept"
+        )
         console.print(
-            f"Stopped at step {outcome.step} of {outcome.total_steps}; a checkpoint was saved. Go on with:\n  "
-            f"{resume_command(recipe, overrides or [])}",
+            f"Stopped {where}. Go on with:\n  {resume_command(recipe, overrides or [])}",
             markup=False,
             soft_wrap=True,
         )

@@ -194,11 +194,9 @@ def describe_reference(source: PolicySource, adapter: LoraAdapter | str) -> str:
     if isinstance(adapter, LoraAdapter):
         if source.adapter is None:
             return f"{source.describe()}, computed with the new adapter switched off"
-        return (
-            f"{source.describe()}: a frozen copy of that adapter as it is at the start, on the same weights"
-        )
+        return f"{source.describe()}: that adapter as it is at the start, on the same weights"
     merged = ", the adapter merged into the weights" if source.adapter else ""
-    return f"a frozen copy of {source.describe()}{merged}"
+    return f"{source.describe()}{merged}, as it is at the start"
 
 
 def _may_be_hub_id(name: str) -> bool:

@@ -70,6 +70,13 @@ OWN_FIELDS = (
         "Score all data with the reference policy once, before training, and keep the scores in the cache (see "
         "prefopt cache); false runs the reference policy in every step instead.",
     ),
+    TrainingField(
+        "precompute_ref_batch_size",
+        int | None,
+        None,
+        "Prompts in a batch when the data is scored with the reference policy, at most; null fills batches with as "
+        "many tokens as suit the device.",
+    ),
 )
 """Fields of prefopt's own beside those of ``DPOConfig``, or in place of them."""
 

@@ -7,6 +7,7 @@ batch is scored both ways (`trial`), and packing is given up when the two disagr
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import nn
@@ -35,6 +36,7 @@ def choose_layout(
     requested: Requested = "auto",
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
     router_loss: bool = False,
+    neftune: bool = False,
 ) -> Layout:
     """The layout for a model and its data; the model is prepared for it.
 
@@ -45,6 +47,7 @@ def choose_layout(
         requested: the recipe's ``training.attention_layout``.
         autocast: the precision that the model will run in.
         router_loss: whether a mixture of experts is to be trained with its load-balancing loss.
+        neftune: whether noise is added to the embeddings in training.
 
     Raises:
         UserError: ``packed`` was requested, and the model cannot be packed.
@@ -53,7 +56,7 @@ def choose_layout(
     if requested == "padded":
         return _prepared(Layout(note="Layout: padded rows, as the recipe asks."), model)
     plain = plain_model(model)
-    reason = unsuited(plain, longest=longest, router_loss=router_loss)
+    reason = unsuited(plain, longest=longest, router_loss=router_loss, neftune=neftune)
     for layout in [] if reason else packed_layouts(plain, plain.device.type):
         reason, difference = disagreement(model, layout, examples, autocast)
         if not reason:
@@ -61,7 +64,7 @@ def choose_layout(
                 "Layout: packed, every prompt once and no padding "
                 f"({WAYS[layout.way]}; within {difference:.0e} nats per token of padded rows)."
             )
-            return Layout(layout.way, layout.mask_dtype, layout.width_cost, note)
+            return replace(layout, note=note)
     require_choice(requested, reason)
     return _prepared(Layout(note=f"Layout: padded rows, because {reason}."), model)
 
@@ -83,13 +86,14 @@ def _prepared(layout: Layout, model: nn.Module) -> Layout:
     return layout
 
 
-def unsuited(model: Any, *, longest: int, router_loss: bool = False) -> str | None:
+def unsuited(model: Any, *, longest: int, router_loss: bool = False, neftune: bool = False) -> str | None:
     """Why a model cannot be packed, as far as its configuration tells; None where nothing speaks against it.
 
     Args:
         model: a causal language model, without peft's wrapper; its weights are not looked at.
         longest: tokens of the longest prompt + response.
         router_loss: whether the load-balancing loss of a mixture of experts is wanted.
+        neftune: whether noise is added to the embeddings in training.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -108,6 +112,8 @@ def unsuited(model: Any, *, longest: int, router_loss: bool = False) -> str | No
         return "the model adds masks of its own (local attention, a limit on the row's length)"
     if "position_ids" not in inspect.signature(type(model).forward).parameters:
         return "the model takes no position_ids"
+    if neftune:
+        return "training.neftune_noise_alpha scales its noise by the length of a row"
     if router_loss:
         return "the load-balancing loss of its experts counts every prompt twice"
     return None
@@ -156,3 +162,26 @@ def wants_router_loss(config: Any, coefficient: float | None) -> bool:
     if coefficient is None:
         coefficient = getattr(text, "router_aux_loss_coef", 0.0)
     return hasattr(text, "output_router_logits") and bool(coefficient)
+
+
+def scores_depend_on_batch(config: Any, longest: int) -> bool:
+    """Whether a response's score depends on what else is in its batch, so that it cannot be known beforehand.
+
+    Rotary embeddings of the types `longrope` and `dynamic` change with the longest sequence of a batch, once one is
+    longer than those that the model was first trained on.
+
+    Args:
+        config: the model's configuration.
+        longest: tokens of the longest prompt + response.
+    """
+    text = config.get_text_config()
+    settings = getattr(text, "rope_parameters", None) or {}
+    kinds = [settings] if "rope_type" in settings else [each for each in settings.values() if each]
+    for kind in kinds:
+        if isinstance(kind, Mapping) and kind.get("rope_type") in ("longrope", "dynamic"):
+            limit = kind.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            if longest > (limit or text.max_position_embeddings):
+                return True
+    return False

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
 
+from prefopt_cli.errors import PrefoptError
 from prefopt_cli.scoring.cache import Policy, ScoreCache, response_key
 from prefopt_cli.scoring.forward import score_responses
 from prefopt_cli.scoring.layout import Layout
@@ -89,9 +90,12 @@ def score_frozen(
     parts = [part for group in missing for part in _parts(group, layout, budget)]
     batches = list(_batches(parts, layout, budget, batch_examples))
     share = batches[state.process_index :: state.num_processes]
-    computed, tokens = _compute(model, share, policy, cache, layout, autocast, padding_id, progress)
+    scorer = _Scorer(model, layout, autocast, padding_id)
+    computed, tokens = _compute(scorer, share, policy, cache, progress)
     for part in gather_object([computed]):
         scores.update(part)
+        if state.is_main_process and state.num_processes > 1:  # others may write to a disk of their own
+            cache.write(policy, list(part), list(part.values()))
     return FrozenScores(
         logps=[[scores[key] for key in listed] for listed in keys],
         responses=len(unique),
@@ -137,13 +141,16 @@ def _parts(group: _Missing, layout: Layout, budget: int) -> Iterator[_Missing]:
 def _batches(
     missing: Sequence[_Missing], layout: Layout, budget: int, most: int | None
 ) -> Iterator[list[_Missing]]:
+    """Runs of the list that fit."""
     batch: list[_Missing] = []
-    for each in missing:
-        grown = [*batch, each]
-        if batch and (_size(grown, layout) > budget or len(batch) == most):
+    tokens = rows = widest = 0
+    for names, example in missing:
+        tokens, rows = tokens + example.tokens, rows + len(names)
+        widest = max(widest, example.longest)
+        if batch and ((tokens if layout.way else rows * widest) > budget or len(batch) == most):
             yield batch
-            grown = [each]
-        batch = grown
+            batch, tokens, rows, widest = [], example.tokens, len(names), example.longest
+        batch.append((names, example))
     if batch:
         yield batch
 
@@ -161,37 +168,65 @@ def _budget(model: nn.Module) -> int:
     return BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"])
 
 
+@dataclass(frozen=True)
+class _Scorer:
+    """A model with all that it takes to score a batch with it."""
+
+    model: nn.Module
+    layout: Layout
+    autocast: Callable[[], AbstractContextManager[Any]]
+    padding_id: int
+
+    def logps(self, batch: Sequence[_Missing]) -> dict[bytes, float]:
+        """Log-probabilities by key; a batch that is too much for the device's memory is halved.
+
+        Raises:
+            PrefoptError: even one prompt with its responses is too much.
+        """
+        try:
+            return self._at_once(batch)
+        except torch.OutOfMemoryError as error:
+            if len(batch) == 1:
+                raise PrefoptError(
+                    "The accelerator's memory is exhausted while scoring with the reference policy, with a single "
+                    f"prompt of {batch[0][1].tokens} tokens with its responses. A shorter dataset.max_length, a "
+                    "smaller model or a half-precision one need less."
+                ) from error
+        torch.cuda.empty_cache()
+        middle = len(batch) // 2
+        return {**self.logps(batch[:middle]), **self.logps(batch[middle:])}
+
+    def _at_once(self, batch: Sequence[_Missing]) -> dict[bytes, float]:
+        device = next(self.model.parameters()).device
+        tensors = self.layout.batch([example for _, example in batch], self.padding_id)
+        with torch.no_grad(), self.autocast():
+            inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
+            logps = score_responses(self.model, inputs, self.layout).logps.tolist()
+        return dict(zip(_response_major([names for names, _ in batch]), logps, strict=True))
+
+
 def _compute(
-    model: nn.Module,
+    scorer: _Scorer,
     batches: Sequence[Sequence[_Missing]],
     policy: Policy,
     cache: ScoreCache,
-    layout: Layout,
-    autocast: Callable[[], AbstractContextManager[Any]],
-    padding_id: int,
     progress: Progress | None,
 ) -> tuple[dict[bytes, float], int]:
-    """Score batches and keep the scores; returns them by key, with the tokens that it took."""
-    device = next(model.parameters()).device
+    """Score batches and keep the scores; returns them by key, with the tokens (without padding) that it took."""
     scores: dict[bytes, float] = {}
-    tokens, total = 0, sum(len(names) for batch in batches for names, _ in batch)
-    training = model.training
-    model.eval()
+    total = sum(len(names) for batch in batches for names, _ in batch)
+    training = scorer.model.training
+    scorer.model.eval()
     try:
         for batch in batches:
-            tensors = layout.batch([example for _, example in batch], padding_id)
-            tokens += int(tensors["num_tokens"])
-            with torch.inference_mode(), autocast():
-                inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
-                logps = score_responses(model, inputs, layout).logps.tolist()
-            names = _response_major([names for names, _ in batch])
-            cache.write(policy, names, logps)
-            scores.update(zip(names, logps, strict=True))
+            done = scorer.logps(batch)
+            cache.write(policy, list(done), list(done.values()))
+            scores.update(done)
             if progress:
                 progress(len(scores), total)
     finally:
-        model.train(training)
-    return scores, tokens
+        scorer.model.train(training)
+    return scores, sum(example.tokens for batch in batches for _, example in batch)
 
 
 def _response_major(names: Sequence[Sequence[bytes]]) -> list[bytes]:

@@ -63,7 +63,7 @@ def policy_digest(model: nn.Module, *, numerics: Mapping[str, str]) -> str:
     bare: Any = model.get_base_model() if _is_peft(model) else model  # type: ignore[operator]
     config: Any = getattr(bare, "config", None)
     settings = {
-        "class": type(bare).__name__,
+        "class": f"{type(bare).__module__}.{type(bare).__name__}",
         "config": _plain(config.to_dict() if config is not None else {}),
         "adapters": _adapters(model),
         "numerics": dict(numerics),

@@ -16,6 +16,9 @@ from prefopt_cli.scoring.packing import Example
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """Largest accepted difference between packed and padded, in nats per token of a response, by type of the products."""
 
+FEW = 8
+"""Shorter responses count as if they had so many tokens: rounding does not average out over fewer."""
+
 PROBE_TOKENS = 8192
 """Padded tokens of the batch that is scored both ways, at most, beyond its first two examples."""
 
@@ -50,13 +53,13 @@ def disagreement(
                 layout.prepare(model)
                 packed = score_responses(model, _on(plain, layout.batch(examples, 0)), layout)
                 leaks = _leaks(model, layout, examples, packed.logps)
-            except PrefoptError:
+            except (PrefoptError, torch.OutOfMemoryError):
                 raise
             except Exception as error:  # any code may be in a model, and any of it may refuse the mask
                 words = " ".join(str(error).split())[:200]
                 return f"the model does not take the packed input ({type(error).__name__}: {words})", 0.0
         dtype = torch.get_autocast_dtype(plain.device.type) if _is_autocast(autocast, plain) else plain.dtype
-        difference = float(((packed.logps - padded.logps).abs() / padded.lengths.clamp(min=1)).max())
+        difference = float(((packed.logps - padded.logps).abs() / padded.lengths.clamp(min=FEW)).max())
         tolerance = TOLERANCE.get(dtype, 5e-2)
         if not difference <= tolerance:
             return (

@@ -1,9 +1,11 @@
 """Batches of preference pairs."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor
 
 from prefopt_cli.scoring.layout import Layout
@@ -13,6 +15,23 @@ from prefopt_cli.scoring.packing import Example
 def example_of(pair: Mapping[str, Any]) -> Example:
     """A tokenised pair as a prompt with its chosen and its rejected response."""
     return Example(pair["prompt_ids"], (pair["chosen_ids"], pair["rejected_ids"]))
+
+
+def examples_of(rows: Dataset) -> list[Example]:
+    """All pairs of a tokenised set; their tokens stay where they are, as slices of the set's columns."""
+    if not len(rows):
+        return []
+    table = rows.with_format("arrow")[:]
+    columns = []
+    for name in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        lists = table[name].combine_chunks()
+        columns.append((lists.offsets.to_numpy(), lists.values.to_numpy()))
+
+    def row(index: int) -> Iterator[np.ndarray]:
+        for offsets, values in columns:
+            yield values[offsets[index] : offsets[index + 1]]
+
+    return [Example(prompt, responses) for prompt, *responses in map(row, range(len(rows)))]
 
 
 class PairCollator:

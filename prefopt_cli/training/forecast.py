@@ -99,6 +99,7 @@ def padding_reason(recipe: Recipe, prepared: Prepared) -> str | None:
         model,
         longest=max(extent(rows)[0] for rows in sets),
         router_loss=wants_router_loss(model.config, training_field(given, "router_aux_loss_coef")),
+        neftune=training_field(given, "neftune_noise_alpha") is not None,
     )
     require_choice(requested, reason)
     return reason

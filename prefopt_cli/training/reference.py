@@ -6,18 +6,23 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
+from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import nn
+from transformers.trainer_utils import IntervalStrategy
 from trl import DPOConfig
 
 from prefopt_cli.data import TokenizedData
+from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.scoring.cache import Policy, ScoreCache
-from prefopt_cli.scoring.choice import Requested, choose_layout, wants_router_loss
+from prefopt_cli.scoring.choice import Requested, choose_layout, scores_depend_on_batch, wants_router_loss
 from prefopt_cli.scoring.frozen import FrozenScores, score_frozen
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.policy_digest import policy_digest
-from prefopt_cli.training.batches import example_of
-from prefopt_cli.training.preparation import Prepared, extent
+from prefopt_cli.training.batches import examples_of
+from prefopt_cli.training.preparation import Prepared, extent, training_field
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.trainer import REFERENCE_COLUMNS
 
@@ -35,19 +40,65 @@ def layout_for(model: Any, prepared: Prepared, args: DPOConfig, requested: Reque
     """
     train = prepared.tokens.train
     first = train.select(range(min(args.train_batch_size, len(train))))
-    sets = [train, *prepared.tokens.eval.values()]
-    return choose_layout(
-        model,
-        [example_of(pair) for pair in first],
-        longest=max(extent(rows)[0] for rows in sets),
-        requested=requested,
-        autocast=precision(args),
-        router_loss=wants_router_loss(model.config, args.router_aux_loss_coef),
-    )
+    options: dict[str, Any] = {
+        "longest": longest(prepared.tokens),
+        "autocast": precision(args),
+        "router_loss": wants_router_loss(model.config, args.router_aux_loss_coef),
+        "neftune": args.neftune_noise_alpha is not None,
+    }
+    layout = choose_layout(model, examples_of(first), requested=requested, **options)
+    if len(set(gather_object([layout.way]))) > 1:  # each process tried for itself, and all must do the same
+        layout = choose_layout(model, [], requested="padded", **options)
+        return replace(layout, note="Layout: padded rows, because not every process can pack.")
+    return layout
+
+
+def longest(tokens: TokenizedData) -> int:
+    """Tokens of the longest prompt + response of all sets."""
+    return max(extent(rows)[0] for rows in (tokens.train, *tokens.eval.values()))
+
+
+def with_reference(
+    recipe: Recipe,
+    prepared: Prepared,
+    model: Any,
+    args: DPOConfig,
+    layout: Layout,
+    reporter: Reporter,
+    stopping: Callable[[], bool],
+    run: RunFolder,
+) -> Prepared:
+    """The data as training needs it: with `REFERENCE_COLUMNS`, unless every step is to compute them.
+
+    Eval sets are left out where nothing evaluates. The run's manifest says how many scores were computed.
+
+    Raises:
+        ScoringStopped: a signal came; what was scored until then is in the cache.
+    """
+    if not evaluates(args):
+        prepared = replace(prepared, tokens=replace(prepared.tokens, eval={}))
+    if not training_field(recipe.training, "precompute_ref_log_probs"):
+        return prepared
+    if scores_depend_on_batch(model.config, longest(prepared.tokens)):
+        reporter.message(
+            "The reference policy runs in every step: with its kind of rotary embeddings a score depends on the "
+            "longest sequence of the batch."
+        )
+        return prepared
+    tokens, scores = with_reference_scores(prepared, model, args, layout, reporter, stopping)
+    if args.process_index == 0:
+        figures = {"responses": scores.responses, "computed": scores.computed}
+        run.update_manifest(reference_scores=figures)
+    return replace(prepared, tokens=tokens)
 
 
 def with_reference_scores(
-    prepared: Prepared, model: nn.Module, args: DPOConfig, layout: Layout, name: str, reporter: Reporter
+    prepared: Prepared,
+    model: nn.Module,
+    args: DPOConfig,
+    layout: Layout,
+    reporter: Reporter,
+    stopping: Callable[[], bool],
 ) -> tuple[TokenizedData, FrozenScores]:
     """The tokenised data with `REFERENCE_COLUMNS`, from the cache or from the model as it is at the start.
 
@@ -56,27 +107,41 @@ def with_reference_scores(
         model: the policy before any training step, which is the reference.
         args: training arguments, for the precision and the scoring batch.
         layout: the layout that `model` is prepared for.
-        name: the reference policy in words, for those who look into the cache.
         reporter: told of progress and of trouble with the cache.
+        stopping: whether a signal has asked the run to stop.
+
+    Raises:
+        ScoringStopped: it has; what was scored until then is in the cache.
     """
     tokens = prepared.tokens
     sets = {"train": tokens.train, **tokens.eval}
-    examples = [example_of(pair) for rows in sets.values() for pair in rows]
-    autocast = "bf16" if args.bf16 else "fp16" if args.fp16 else "none"
-    numerics = {"autocast": autocast, "device": args.device.type, "scores": SCORES_VERSION}
-    digest = policy_digest(model, numerics=numerics)
-    with ScoreCache(report=reporter.message) as cache:
-        scores = score_frozen(
-            model,
-            examples,
-            policy=Policy(digest, name),
-            cache=cache,
-            layout=layout,
-            autocast=precision(args),
-            padding_id=prepared.tokenizer.pad_token_id or 0,
-            batch_examples=args.precompute_ref_batch_size,
-            progress=lambda done, total: reporter.progress(TASK, done, total),
-        )
+    examples = [example for rows in sets.values() for example in examples_of(rows)]
+    digest = policy_digest(model, numerics=numerics(args))
+
+    def progress(done: int, total: int) -> None:
+        reporter.progress(TASK, done, total)
+        if stopping():
+            raise ScoringStopped
+
+    try:
+        with ScoreCache(report=reporter.message) as cache:
+            scores = score_frozen(
+                model,
+                examples,
+                policy=Policy(digest, prepared.source.describe()),
+                cache=cache,
+                layout=layout,
+                autocast=precision(args),
+                padding_id=prepared.tokenizer.pad_token_id or 0,
+                batch_examples=args.precompute_ref_batch_size,
+                progress=progress,
+            )
+    except RuntimeError as error:
+        if stopping():  # another process has left first, while this one waited for its scores
+            raise ScoringStopped from error
+        raise
+    if args.device.type == "cuda":
+        torch.cuda.empty_cache()  # the peak of scoring must not stay reserved while training
     scored: dict[str, Dataset] = {}
     start = 0
     for set_name, rows in sets.items():
@@ -87,6 +152,26 @@ def with_reference_scores(
         scored[set_name] = rows
     reporter.message(f"Reference log-probabilities: {scores.describe()}.")
     return replace(tokens, train=scored.pop("train"), eval=scored), scores
+
+
+class ScoringStopped(Exception):
+    """A signal came while the data was scored."""
+
+
+def evaluates(args: DPOConfig) -> bool:
+    """Whether anything is evaluated during the run."""
+    return bool(args.eval_strategy != IntervalStrategy.NO or args.eval_on_start)
+
+
+def numerics(args: DPOConfig) -> dict[str, str]:
+    """What decides a log-probability besides the policy and the tokens."""
+    return {
+        "autocast": "bf16" if args.bf16 else "fp16" if args.fp16 else "none",
+        "device": args.device.type,
+        "matmul": f"{torch.get_float32_matmul_precision()}, tf32 {torch.backends.cuda.matmul.allow_tf32}",
+        "transformers": transformers.__version__,
+        "scores": SCORES_VERSION,
+    }
 
 
 def precision(args: DPOConfig) -> Callable[[], AbstractContextManager[Any]]:

@@ -22,6 +22,7 @@ MAY_CHANGE = {"output_dir"} | {  # a moved run folder is still the same run
         "save_total_limit",
         "eval_steps",
         "per_device_eval_batch_size",
+        "precompute_ref_batch_size",
         "dataloader_num_workers",
         "report_to",
         "run_name",

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from prefopt_cli.training.functions import describe_probe, find_function, requir
 from prefopt_cli.training.gpo import GPOTrainer
 from prefopt_cli.training.preparation import Prepared, prepare, training_field
 from prefopt_cli.training.record import first_manifest, now
-from prefopt_cli.training.reference import layout_for, with_reference_scores
+from prefopt_cli.training.reference import ScoringStopped, layout_for, with_reference
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.resume import (
     finished_steps,
@@ -97,48 +97,52 @@ def train(
     model = loading.load_model(prepared.source, recipe.model, recipe.adapter)
     reference = describe_reference(prepared.source, recipe.adapter)
     reporter.message(f"Reference policy: {reference}.")
-    layout = layout_for(
-        model.to(args.device), prepared, args, training_field(recipe.training, "attention_layout")
-    )
+    with explained(run):
+        requested = training_field(recipe.training, "attention_layout")
+        layout = layout_for(model.to(args.device), prepared, args, requested)
     reporter.message(layout.note)
     main_process = args.process_index == 0
     opened = (
         _opened(run, recipe, manifest, resume=resume, overwrite=overwrite) if main_process else nullcontext()
     )
     card = model_card(recipe, dump_recipe(recipe), manifest)
-    with explained(run), opened:
-        if training_field(recipe.training, "precompute_ref_log_probs"):
-            prepared = _with_reference(run, prepared, model, args, layout, reporter)
-        with callbacks.stopping_gently() as stop:
-            # Rotation must wait until the newest checkpoint is marked complete, so it is not left to the library.
-            keep, args.save_total_limit = args.save_total_limit, None
+    with explained(run), opened, callbacks.stopping_gently() as stop:
+        try:
+            prepared = with_reference(
+                recipe, prepared, model, args, layout, reporter, lambda: stop.received is not None, run
+            )
+        except ScoringStopped:
+            outcome = Outcome(run, "interrupted", step=0, total_steps=0, signal=stop.received)
+        else:
             trainer = build_trainer(recipe, prepared, model, args, function, card, layout)
-            for callback in (
-                callbacks.MetricsFile(run),
-                callbacks.Progress(reporter),
-                callbacks.Stopping(stop),
-                callbacks.CheckpointMark(run, keep, trainer.progress_state),
-            ):
-                trainer.add_callback(callback)
-            checkpoint = _checkpoint(run, trainer, reporter) if resume else None
-            outcome = _outcome(_train(trainer, run, checkpoint), run, stop)
+            outcome = _run_trainer(trainer, run, reporter, stop, resume=resume)
             if outcome.status == "finished":
                 export_policy(trainer, prepared.tokenizer, run, card)
-            if main_process:
-                _record(run, outcome)
+        if main_process:
+            _record(run, outcome)
     return outcome
 
 
-def _with_reference(
-    run: RunFolder, prepared: Prepared, model: Any, args: DPOConfig, layout: Layout, reporter: Reporter
-) -> Prepared:
-    """The data with reference log-probabilities; the manifest says how many were computed."""
-    name = prepared.source.describe()
-    tokens, scores = with_reference_scores(prepared, model, args, layout, name, reporter)
-    if args.process_index == 0:
-        figures = {"responses": scores.responses, "computed": scores.computed}
-        run.update_manifest(reference_scores=figures)
-    return replace(prepared, tokens=tokens)
+def _run_trainer(
+    trainer: PreferenceTrainer,
+    run: RunFolder,
+    reporter: Reporter,
+    stop: callbacks.StopSignal,
+    *,
+    resume: bool,
+) -> Outcome:
+    """Train with everything that goes on around the steps."""
+    # Rotation must wait until the newest checkpoint is marked complete, so it is not left to the library.
+    keep, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+    for callback in (
+        callbacks.MetricsFile(run),
+        callbacks.Progress(reporter),
+        callbacks.Stopping(stop),
+        callbacks.CheckpointMark(run, keep, trainer.progress_state),
+    ):
+        trainer.add_callback(callback)
+    checkpoint = _checkpoint(run, trainer, reporter) if resume else None
+    return _outcome(_train(trainer, run, checkpoint), run, stop)
 
 
 def build_trainer(

@@ -21,11 +21,13 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from prefopt_cli.scoring.choice import choose_layout
-from prefopt_cli.scoring.forward import ResponseScores, score_responses
+from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_responses
+from prefopt_cli.scoring.head import add_response_head
 from prefopt_cli.scoring.layout import Layout
-from prefopt_cli.training.batches import PairCollator, example_of
+from prefopt_cli.training.batches import PairCollator, examples_of
 from prefopt_cli.training.guard import FiniteGuard
 from prefopt_cli.training.metrics import EvalMeans, TrainMeans
+from prefopt_cli.training.preparation import extent
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns of a dataset whose reference log-probabilities are known already."""
@@ -80,9 +82,12 @@ class PreferenceTrainer(DPOTrainer):
         self._eval_prefix = "eval"
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
-        scored = set(REFERENCE_COLUMNS) <= set(train_dataset.column_names)
+        scored = _are_scored([train_dataset, *eval_dataset.values()])
         if scored:  # nothing is left for TRL to precompute, and no reference model has to be in memory
             args.precompute_ref_log_probs = False
+        for each in (model, ref_model):  # before the trainer wraps them in its precision
+            if each is not None:
+                add_response_head(plain_model(each))
         collator = PairCollator(Layout(), processing_class.pad_token_id, args.pad_to_multiple_of)
         super().__init__(
             model=model,
@@ -114,10 +119,11 @@ class PreferenceTrainer(DPOTrainer):
         first = self.train_dataset.select(range(min(self.args.train_batch_size, len(self.train_dataset))))
         return choose_layout(
             self.model,
-            [example_of(pair) for pair in first],
-            longest=max(example_of(pair).longest for rows in sets for pair in rows),
+            examples_of(first),
+            longest=max(extent(rows)[0] for rows in sets),
             autocast=self.accelerator.autocast,
             router_loss=self.aux_loss_enabled,
+            neftune=self.args.neftune_noise_alpha is not None,
         )
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -212,6 +218,18 @@ class PreferenceTrainer(DPOTrainer):
         if self.accelerator.is_main_process:
             self._tokens = state["num_tokens"]
             self._train_means.load_state(state["train_means"], self.accelerator.device)
+
+
+def _are_scored(sets: list[Dataset]) -> bool:
+    """Whether the reference log-probabilities of all sets are known.
+
+    Raises:
+        ValueError: those of some sets are, those of others not.
+    """
+    scored = {set(REFERENCE_COLUMNS) <= set(rows.column_names) for rows in sets}
+    if len(scored) > 1:
+        raise ValueError(f"{' and '.join(REFERENCE_COLUMNS)} must be in all sets or in none")
+    return scored.pop()
 
 
 class _Absent(nn.Module):

@@ -42,7 +42,7 @@ def test_sections_in_their_order(prefopt: Prefopt, recipe: Path, tmp_path: Path)
             "max_length: 256 tokens; longer rows: drop",
             "What is trained (marked)",
             "Loss: logistic: f'(0) = -0.5",
-            "Reference policy: a frozen copy of",
+            "model, as it is at the start; ",
             "scored once before training.",
             "Steps: 6 of 4 pairs per process.",
             "Layout: packed",
@@ -193,11 +193,11 @@ def test_the_reference_of_every_kind_of_run(
     done = prefopt("train", str(recipe), LORA, f"output_dir={first}", "training.max_steps=1")
     assert done.code == 0, done.err
     again = f"model.name_or_path={first}"
-    assert re.fullmatch(r"a frozen copy of \S+/model", check()["reference"])
+    assert re.fullmatch(r"\S+/model, as it is at the start", check()["reference"])
     assert check(LORA)["reference"].endswith("computed with the new adapter switched off")
     for adapter, ending in {
-        LORA: "a frozen copy of that adapter",
-        "adapter=none": "merged into the weights",
+        LORA: "that adapter as it is at the start",
+        "adapter=none": "merged into the weights, as it is at the start",
     }.items():
         reference = check(again, adapter)["reference"]
         assert f"(run {first})" in reference

@@ -22,7 +22,7 @@ def test_lines_without_a_terminal(prefopt: Prefopt, recipe: Path, tmp_path: Path
         "3/3",
     ]
     assert "eval heldout: loss" in result.err
-    assert "Reference policy: a frozen copy of" in result.err
+    assert "model, as it is at the start." in result.err
     assert "96 pairs, 96 prompts" in result.err
     assert str(tmp_path / "run" / "model") in result.out
     assert "\x1b[" not in result.out + result.err

@@ -72,7 +72,7 @@ def test_a_schemes_model_is_called_by_its_name(tmp_path: Path) -> None:
     found = find_policy(ModelSettings(name_or_path=name), lambda *step: seen.append(step))
     assert found == PolicySource(f"{tmp_path}/m", name=name)
     assert found.is_local
-    assert describe_reference(found, "none") == f"a frozen copy of {name}"
+    assert describe_reference(found, "none") == f"{name}, as it is at the start"
     assert seen == [("making a toy model", 1, 1)]
 
 
@@ -157,17 +157,17 @@ def test_places_that_hold_no_policy(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("trained", "adapter", "expected"),
     [
-        (None, "none", "a frozen copy of base"),
+        (None, "none", "base, as it is at the start"),
         (None, LORA, "base, computed with the new adapter switched off"),
         (
             Path("old"),
             "none",
-            "a frozen copy of base with the adapter old, the adapter merged into the weights",
+            "base with the adapter old, the adapter merged into the weights, as it is at the start",
         ),
         (
             Path("old"),
             LORA,
-            "base with the adapter old: a frozen copy of that adapter as it is at the start, on the same weights",
+            "base with the adapter old: that adapter as it is at the start, on the same weights",
         ),
     ],
 )

@@ -1,5 +1,7 @@
 """The reference's log-probabilities: computed once, read afterwards, and the same as a pass in every step."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,8 @@ class Listener(Silent):
     def progress(self, task: str, done: int, total: int) -> None:
         if task.startswith("scoring with the reference"):
             self.scored.append(done)
-            if self._stop_after is not None and len(self.scored) >= self._stop_after:
-                raise KeyboardInterrupt
+            if self._stop_after is not None and len(self.scored) == self._stop_after:
+                os.kill(os.getpid(), signal.SIGTERM)
 
     def said(self, start: str) -> str:
         return next(text for text in self.messages if text.startswith(start))
@@ -80,8 +82,9 @@ def test_a_second_run_on_the_same_data_scores_nothing(run: Run) -> None:
 def test_scoring_that_is_interrupted_goes_on_where_it_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prefopt_cli.scoring.frozen.BATCH_TOKENS", {"cpu": 512})
     stopped = Listener(stop_after=3)
-    with pytest.raises(KeyboardInterrupt):
-        run("run", reporter=stopped)
+    interrupted = run("run", reporter=stopped)
+    assert (interrupted.status, interrupted.step, interrupted.signal) == ("interrupted", 0, signal.SIGTERM)
+    assert interrupted.run.read_manifest()["status"] == "interrupted"
     resumed = Listener()
     outcome = run("run", reporter=resumed, resume=True)
     assert outcome.status == "finished"
@@ -105,6 +108,18 @@ def test_no_second_model_is_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch)
     run("cached")
     run("stepwise", PASS_IN_EVERY_STEP)
     assert [trainer.ref_model is None for trainer in trainers] == [True, False]
+
+
+def test_eval_sets_are_not_scored_where_nothing_evaluates(run: Run) -> None:
+    listener = Listener()
+    run("run", 'training.eval_strategy="no"', reporter=listener)
+    assert "192 responses, 192 computed" in listener.said("Reference log-probabilities")
+
+
+def test_noise_that_depends_on_the_row_rules_packing_out(run: Run) -> None:
+    listener = Listener()
+    run("run", "training.neftune_noise_alpha=5.0", "training.max_steps=1", reporter=listener)
+    assert "padded rows, because training.neftune_noise_alpha" in listener.said("Layout")
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

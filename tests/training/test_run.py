@@ -31,7 +31,7 @@ def test_full_run_leaves_a_complete_folder(run: Run, tiny_world: Path) -> None:
 
     manifest = folder.read_manifest()
     assert manifest["status"] == "finished"
-    assert manifest["lineage"]["reference"].startswith("a frozen copy of")
+    assert manifest["lineage"]["reference"].endswith("as it is at the start")
     assert manifest["receipt"]["sets"]["train"]["rows"] == 96
     assert set(manifest["data"]) == {"train", "heldout"}
     assert manifest["versions"]["trl"].startswith("1.")

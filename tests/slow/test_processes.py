@@ -16,9 +16,9 @@ pytestmark = pytest.mark.slow
 PAIRS_PER_STEP = 4
 
 
-def train(tiny_world: Path, folder: Path, processes: int, *extra: str) -> Path:
-    """Train with a global batch of 4 pairs, in one process or in several over gloo."""
-    out = folder / f"run{processes}"
+def train(tiny_world: Path, folder: Path, processes: int, *extra: str, name: str = "run") -> Path:
+    """Train with a global batch of 4 pairs, in one process or in several over gloo, with a cache for each number."""
+    out = folder / f"{name}{processes}"
     recipe = folder / f"recipe{processes}.yaml"
     recipe.write_text(RECIPE.format(world=tiny_world, out=out))
     launcher = (
@@ -28,7 +28,8 @@ def train(tiny_world: Path, folder: Path, processes: int, *extra: str) -> Path:
     )
     command = [*launcher, "-m", "prefopt_cli", "train", str(recipe), "training.eval_on_start=true", *extra]
     command.append(f"training.per_device_train_batch_size={PAIRS_PER_STEP // processes}")
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=400)
+    variables = {**environment(), "PREFOPT_CACHE": str(folder / f"cache{processes}")}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     # Only the first process speaks.
     assert done.stderr.count("Reference policy:") == 1
@@ -61,3 +62,7 @@ def test_two_processes_equal_one(tiny_world: Path, tmp_path: Path) -> None:
     for name, weights in right.items():
         difference = (left[name] - weights).norm() / weights.norm()
         assert difference < 1e-4, name
+    computed = [run.joinpath("manifest.json").read_text().count('"computed": 238') for run in (one, two)]
+    assert computed == [1, 1], "each scored all responses, two processes a share each"
+    again = train(tiny_world, tmp_path, 2, *extra, "training.max_steps=1", name="again")
+    assert '"computed": 0' in (again / "manifest.json").read_text()

@@ -3,6 +3,7 @@
     python -m benchmarks.throughput                  # writes benchmarks/results/throughput.{md,json}
     python -m benchmarks.throughput --end-to-end     # whole runs of both command lines as well
     python -m benchmarks.throughput --quick          # a tiny model and few steps, to see that it runs
+    python -m benchmarks.throughput --join A.json B.json    # one report of what several runs measured
     python -m benchmarks.throughput --device cuda --dtype bfloat16 --hidden 896 --intermediate 4864 --layers 24 \\
         --heads 14 --kv-heads 2 --vocabulary 151936 --sets length-512 length-2048 length-4096 --batches 8
 
@@ -90,6 +91,9 @@ def parse(given: list[str] | None) -> argparse.Namespace:
             parser.add_argument(option, action="store_true")
         else:
             parser.add_argument(option, type=each.type, default=each.default)
+    parser.add_argument(
+        "--join", nargs="*", help="measure nothing; results of runs that differ in --sets or --batches"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model and few steps")
     parser.add_argument("--print-only", action="store_true", help="write no files")
     parser.add_argument("--output", default=str(HERE / "results"), help="folder of the results")
@@ -159,6 +163,19 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return facts
 
 
+def joined(files: list[str]) -> dict[str, Any]:
+    """The measurements of several runs of the same subject as one."""
+    first, *others = (json.loads(Path(file).read_text()) for file in files)
+    for facts in others:
+        if any(facts[name] != first[name] for name in ("subject", "versions", "matrix")):
+            raise SystemExit("--join: the runs differ in subject or versions")
+        for name in ("configurations", "scoring", "memory", "end_to_end"):
+            first[name] += facts[name]
+        if facts["end_to_end"]:
+            first["options"].update({name: facts["options"][name] for name in ("steps", "repeats")})
+    return first
+
+
 def share_one_arena() -> None:
     """Let glibc give threads memory as it gives it to a main thread, where a trainer usually runs.
 
@@ -175,8 +192,11 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     datasets.disable_progress_bars()
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: there is no GPU")
-    with tempfile.TemporaryDirectory() as folder:
-        facts = run(options, Path(folder))
+    if options.join:
+        facts = joined(options.join)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            facts = run(options, Path(folder))
     text = report(facts)
     print(text)
     if not options.print_only:

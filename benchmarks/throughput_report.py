@@ -63,8 +63,7 @@ def _subject(facts: dict[str, Any]) -> str:
         f"{quick}Llama with random weights: {each['layers']} layers of {each['hidden']}, {each['heads']} heads, "
         f"vocabulary {each['vocabulary']}, tied embeddings; full fine-tuning, {each['dtype']}, on {each['device']}, "
         f"gradient checkpointing {'on' if each['gradient_checkpointing'] else 'off'}, "
-        f"learning rate {each['learning_rate']:g}, "
-        f"{options['rounds']} rounds after {options['warmup']} that do not count. "
+        f"learning rate {each['learning_rate']:g}; {options['warmup']} rounds of warm-up do not count. "
         f"Matrix multiplication of {facts['matrix']} x {facts['matrix']}: "
         f"{facts['peak_flops_per_second'] / 1e12:.3g} TFLOP/s. Made by `python -m benchmarks.throughput`."
     )
@@ -86,6 +85,7 @@ def _times(configurations: Sequence[dict[str, Any]]) -> list[str]:
         [
             figures["pairs"],
             figures["batch"],
+            figures["rounds"],
             *(f"{1000 * figures['peers'][name]['median_seconds']:.0f}" for name in PEERS),
             speedup(figures["speedup"][PRECOMPUTED]),
             speedup(figures["speedup"][PLAIN]),
@@ -93,7 +93,7 @@ def _times(configurations: Sequence[dict[str, Any]]) -> list[str]:
         for figures in configurations
     ]
     times = [f"{name}, ms" for name in PEERS]
-    return _table(["pairs", "batch", *times, f"speed-up over {PRECOMPUTED}", f"over {PLAIN}"], rows)
+    return _table(["pairs", "batch", "rounds", *times, f"speed-up over {PRECOMPUTED}", f"over {PLAIN}"], rows)
 
 
 def _tokens(facts: dict[str, Any]) -> list[str]:

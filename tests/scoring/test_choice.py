@@ -7,13 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.scoring.attention import PIECES
-from prefopt_cli.scoring.choice import choose_layout
+from prefopt_cli.scoring.choice import choose_layout, scores_depend_on_batch
 from prefopt_cli.scoring.forward import score_responses
 from prefopt_cli.scoring.layout import Layout
 from tests.scoring.build import FAMILIES, build, examples, one_by_one, relative
@@ -435,3 +441,13 @@ def test_a_prepared_model_is_saved_like_any_other(tmp_path: Any) -> None:
 
     assert PIECES not in (tmp_path / "config.json").read_text()
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("kind", "longest", "depends"), [("dynamic", 40, True), ("dynamic", 32, False), ("default", 40, False)]
+)
+def test_scores_that_depend_on_the_batch_are_known_as_such(kind: str, longest: int, depends: bool) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 32}
+    config = LlamaConfig(max_position_embeddings=64, rope_parameters=rope)
+
+    assert scores_depend_on_batch(config, longest) is depends

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from prefopt_cli.errors import PrefoptError
 from prefopt_cli.scoring import frozen
 from prefopt_cli.scoring.cache import Policy, ScoreCache
 from prefopt_cli.scoring.frozen import FrozenScores, score_frozen
@@ -345,3 +346,34 @@ def test_two_processes_share_the_work_and_both_have_all(model: Any, file: Path, 
     assert left[5] == right[5] == 0
     for ours, theirs in zip(left[0], alone.logps, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_a_batch_that_memory_does_not_hold_is_halved(
+    model: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, sizes = Layout.batch, []
+
+    def limited(self: Layout, examples: Any, *rest: Any) -> Any:
+        sizes.append(len(examples))
+        if len(examples) > 2:
+            raise torch.OutOfMemoryError("too much")
+        return whole(self, examples, *rest)
+
+    monkeypatch.setattr(Layout, "batch", limited)
+    found = score(model, GIVEN, file)
+    monkeypatch.undo()
+
+    assert close(found, model, GIVEN)
+    assert max(sizes) > 2
+
+
+def test_a_single_prompt_that_memory_does_not_hold_is_told(
+    model: Any, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(self: Layout, *given: Any) -> Any:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(Layout, "batch", never)
+
+    with pytest.raises(PrefoptError, match="exhausted while scoring with the reference policy"):
+        score(model, GIVEN, file)

@@ -133,7 +133,7 @@ def estimate(case: Case) -> MemoryEstimate:
     rows = random_pairs(case, case.pairs)
     return estimate_memory(
         model,
-        [Example(row["prompt_ids"], (row["chosen_ids"], row["rejected_ids"])) for row in rows],
+        [Example(row["prompt_ids"], tuple(row["response_ids"])) for row in rows],
         Layout() if case.padded else packed_layouts(plain_model(model), DEVICE)[0],
         reference="none" if not case.reference_pass else "adapter_disabled" if case.lora else "copy",
         optimizer=case.optimizer,
@@ -195,9 +195,13 @@ def random_pairs(case: Case, count: int) -> list[dict[str, Any]]:
         return [draw.randrange(3, 30000) for _ in range(length)]
 
     half = case.length // 2
-    lengths = {"prompt_ids": half, "chosen_ids": case.length - half, "rejected_ids": half - 16}
     return [
-        {"pair_id": str(number), **{name: tokens(length) for name, length in lengths.items()}}
+        {
+            "row_id": str(number),
+            "prompt_ids": tokens(half),
+            "response_ids": [tokens(case.length - half), tokens(half - 16)],
+            "ranks": [0, 1],
+        }
         for number in range(count)
     ]
 

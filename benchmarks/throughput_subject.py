@@ -27,6 +27,7 @@ from prefopt_cli.scoring.choice import choose_layout
 from prefopt_cli.scoring.frozen import score_frozen
 from prefopt_cli.scoring.policy_digest import policy_digest
 from prefopt_cli.training.batches import example_of
+from prefopt_cli.training.extent import row_lengths
 
 TOKENS = 8000
 """Entries of the tokenizer; the model's vocabulary may be larger."""
@@ -70,7 +71,7 @@ class PairSet:
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
         """Tokens of prompt, chosen and rejected response of every pair."""
-        return [tuple(len(row[f"{part}_ids"]) for part in ("prompt", *SIDES)) for row in self.tokens]
+        return [tuple(row) for row in row_lengths(self.tokens).tolist()]
 
 
 def build(folder: Path, subject: Subject, texts: Sequence[str], longest: int) -> None:
@@ -150,7 +151,7 @@ def pair_set(folder: Path, name: str, human: Sequence[Row], subject: Subject, co
     path = folder / name / "pairs.jsonl"
     path.parent.mkdir(exist_ok=True)
     write_rows(path, rows)
-    kept = [int(pair.rsplit(":", 1)[1]) for pair in tokenize(path, folder, limit)["pair_id"][:count]]
+    kept = [int(pair.rsplit(":", 1)[1]) for pair in tokenize(path, folder, limit)["row_id"][:count]]
     if len(kept) < count:
         raise SystemExit(
             f"{name}: only {len(kept)} pairs fit, {count} are needed: lower --rounds or --batches"

@@ -20,9 +20,15 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from prefopt_cli.training.forecast import Packing
-    from prefopt_cli.training.inspection import Inspection, MaskedPair
+    from prefopt_cli.training.inspection import Inspection, MaskedResponse
 
 EPILOG = "Example: prefopt check recipes/gpo-hh.yaml dataset.max_length=512"
+
+REFERENCE_USES = {
+    "cached": "scored once before training",
+    "every step": "run in every step",
+    "samples": "compared with the policy on the policy's own samples",
+}
 
 CONTEXT_SHOWN, TRAINED_SHOWN, END_SHOWN = 16, 24, 8
 """Tokens shown before the boundary, after it, and at the end of a response."""
@@ -89,9 +95,10 @@ def _print(found: "Inspection", recipe: str, console: "Console") -> None:
             )
         line()
     line(f"Loss: {found.method}.")
-    scored = "scored once before training" if found.packing.cached else "run in every step"
-    line(f"Reference policy: {found.reference}; {scored}.")
-    line(f"Steps: {found.steps} of {found.pairs_per_step} pairs per process.")
+    if found.packing.reference != "none":
+        line(f"Reference policy: {found.reference}; {REFERENCE_USES[found.packing.reference]}.")
+    line(f"Steps: {found.steps} of {found.rows_per_step} {_rows(found)} per process.")
+    _print_sampling(found, console)
     line()
     _print_packing(found.packing, console)
     line()
@@ -100,17 +107,38 @@ def _print(found: "Inspection", recipe: str, console: "Console") -> None:
         line(f"Note: {note}")
 
 
-def _mask_line(mask: "MaskedPair", *, colour: bool) -> "Text":
+def _rows(found: "Inspection") -> str:
+    """What a row of the training data is."""
+    return "pairs" if found.receipt["sets"]["train"]["chosen_longer"] is not None else "lists"
+
+
+def _print_sampling(found: "Inspection", console: "Console") -> None:
+    from prefopt_cli.training.memory import format_bytes
+
+    plan = found.sampling
+    if plan is None:
+        return
+    draws = -(-found.steps // plan.every)
+    console.print(
+        f"Samples: {draws} draws of {plan.per_draw} responses per process, one every {plan.every} steps, each of at "
+        f"most {plan.max_new_tokens} tokens, to {plan.prompts:,} prompts. With the reference they add at most "
+        f"{format_bytes(plan.extra_memory)} to the peak of memory.",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _mask_line(mask: "MaskedResponse", *, colour: bool) -> "Text":
     """The tokens around the boundary. Without colour, trained tokens stand between » and «."""
     from rich.text import Text
 
     context, trained = mask.context, mask.trained
-    text = Text(f"  {mask.pair_id} {mask.side}: ")
+    text = Text(f"  {mask.row_id} {mask.side}: ")
     hidden = len(context) - CONTEXT_SHOWN
     text.append(f"({hidden} more) " if hidden > 0 else "")
     text.append("|".join(map(_visible, context[-CONTEXT_SHOWN:])), style="dim" if colour else "")
     text.append(" " if colour else " »")
-    style = ("bold green" if mask.side == "chosen" else "bold red") if colour else ""
+    style = ("bold red" if mask.rank else "bold green") if colour else ""
     if len(trained) <= TRAINED_SHOWN + END_SHOWN:
         text.append("|".join(map(_visible, trained)), style=style)
     else:
@@ -137,7 +165,7 @@ def _print_packing(packing: "Packing", console: "Console") -> None:
         line(f"Layout: padded rows, because {packing.reason}.")
     padded = (f"{packing.padded_tokens:,.0f}", f"{packing.padding_share:.0%}")
     own = (f"{packing.packed_tokens:,.0f}", "none") if packing.packed else padded
-    title = f"a batch of {packing.pairs} pairs (mean of {packing.batches:,})"
+    title = f"a batch of {packing.rows} (mean of {packing.batches:,})"
     names = ["tokens through the model", "of them padding", "of them in responses"]
     responses = f"{packing.response_tokens:,.0f}"
     print_table(
@@ -145,6 +173,12 @@ def _print_packing(packing: "Packing", console: "Console") -> None:
         Column(title, names),
         [Column("TRL's padded rows", [*padded, responses]), Column("prefopt", [*own, responses])],
     )
+    if packing.reference in ("samples", "none"):
+        line(
+            f"Predicted from the arithmetic: {packing.speedup_precomputed:.1f} times as fast as on padded rows, not "
+            "counting the samples."
+        )
+        return
     line(
         f"Predicted from the arithmetic: {packing.speedup:.1f} times as fast as TRL's step as it comes, "
         f"{packing.speedup_precomputed:.1f} times with its reference precomputed."

@@ -9,8 +9,17 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
-KEY_FIGURES = {"loss": "loss", "rewards/accuracies": "acc", "rewards/margins": "margin", "grad_norm": "grad"}
+KEY_FIGURES = {
+    "loss": "loss",
+    "rewards/accuracies": "acc",
+    "rewards/margins": "margin",
+    "kl/ref": "KL",
+    "grad_norm": "grad",
+}
 """Metrics worth a place beside the bar, and their short names there."""
+
+SAMPLING_SHARE = "sampling_share"
+"""Share of the training time that went into letting the policy write, in [0, 1]."""
 
 SECONDS_BETWEEN_LINES = 10.0
 """Without a terminal, how often long work other than training says where it is."""
@@ -18,7 +27,10 @@ SECONDS_BETWEEN_LINES = 10.0
 
 def figures(metrics: dict[str, Any]) -> str:
     """The key figures of a log record in one line."""
-    return "  ".join(f"{short} {metrics[name]:.4g}" for name, short in KEY_FIGURES.items() if name in metrics)
+    shown = [f"{short} {metrics[name]:.4g}" for name, short in KEY_FIGURES.items() if name in metrics]
+    if SAMPLING_SHARE in metrics:
+        shown.append(f"sampling {metrics[SAMPLING_SHARE]:.0%} of the time")
+    return "  ".join(shown)
 
 
 def evaluation_lines(metrics: dict[str, float]) -> list[str]:

@@ -83,7 +83,7 @@ def _lengths(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 def _remarks(record: Mapping[str, Any]) -> Iterator[str]:
     """Sentences on each set, on lengths and on special tokens."""
     for name, one in record["sets"].items():
-        line = f"{name}: {one['rows']} pairs, {one['prompts']} prompts"
+        line = f"{name}: {_content(one)}"
         if one["chosen_longer"] is not None:
             line += f"; chosen longer in {one['chosen_longer']:.1%}, equally long in {one['same_length']:.1%}"
         yield line
@@ -94,3 +94,17 @@ def _remarks(record: Mapping[str, Any]) -> Iterator[str]:
         yield f"max_length: {record['max_length']} tokens; longer rows: {record['on_overflow']}"
     if record["special_tokens"]:
         yield record["special_tokens"]["verdict"]
+
+
+def _content(one: Mapping[str, Any]) -> str:
+    """What a set consists of: pairs, lists, pairs made of lists, or prompts alone."""
+    prompts = f"{one['prompts']} prompts"
+    if one["responses"] == 0:
+        return f"{prompts} to sample for"
+    if one["pairs"] is not None:
+        return f"{one['rows']} lists made into {one['pairs']} pairs ({one['pairing']}), {prompts}"
+    if one["list_sizes"] is not None:
+        fewest, most = one["list_sizes"]
+        size = f"{most}" if fewest == most else f"{fewest} to {most}"
+        return f"{one['rows']} lists ({size} responses), {prompts}"
+    return f"{one['rows']} pairs, {prompts}"

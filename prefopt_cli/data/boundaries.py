@@ -1,8 +1,8 @@
 """Where a prompt ends and its responses begin, in tokens: decided here, once, for every method.
 
 Prompt and response are tokenised together, as the policy sees them. The response starts where the
-tokens of the prompt alone and of prompt + response stop agreeing, on whichever side that comes
-first (the rule of TRL's DPOTrainer), so both responses share one prompt.
+tokens of the prompt alone and of prompt + response stop agreeing, with whichever response that comes
+first (the rule of TRL's DPOTrainer), so all responses share one prompt.
 """
 
 from __future__ import annotations
@@ -13,56 +13,53 @@ from typing import Any
 
 import jinja2
 
-from prefopt_cli.data.examples import Pair, shared_length
+from prefopt_cli.data.examples import Comparison, shared_length
 from prefopt_cli.data.receipt import BOS_IN_TEXT, BOUNDARY, TURN_IN_TEXT, TURN_INSIDE
 from prefopt_cli.data.special_tokens import SpecialTokens, encode, render
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one pair, responses with their end-of-turn, and what the receipt has to say about it."""
+    """Token ids of one row, responses with their end-of-turn, and what the receipt has to say about it."""
 
     prompt: list[int]
-    chosen: list[int]
-    rejected: list[int]
+    responses: list[list[int]]
     notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class _Written:
-    """One pair as three texts; end-of-turn is left out of the plain ones."""
+    """A prompt, and it with each of its responses, as texts; end-of-turn is left out of the plain ones."""
 
     prompt: str
-    chosen: str
-    rejected: str
+    responses: list[str]
     turn_in_text: bool
 
 
-def encode_pairs(pairs: Sequence[Pair], tokenizer: Any, special: SpecialTokens) -> list[Encoded | None]:
-    """Token ids of ``pairs``, in one call of the tokenizer; None where the chat template refuses a row."""
-    written = [_write(pair, tokenizer, special) for pair in pairs]
-    texts = [text for one in written if one for text in (one.prompt, one.chosen, one.rejected)]
+def encode_rows(rows: Sequence[Comparison], tokenizer: Any, special: SpecialTokens) -> list[Encoded | None]:
+    """Token ids of ``rows``, in one call of the tokenizer; None where the chat template refuses a row."""
+    written = [_write(row, tokenizer, special) for row in rows]
+    texts = [text for one in written if one for text in (one.prompt, *one.responses)]
     ids = iter(encode(tokenizer, texts)) if texts else iter(())
     return [
-        _split(one, next(ids), next(ids), next(ids), pair, special) if one else None
-        for pair, one in zip(pairs, written, strict=True)
+        _split(one, next(ids), [next(ids) for _ in one.responses], row, special) if one else None
+        for row, one in zip(rows, written, strict=True)
     ]
 
 
-def _write(pair: Pair, tokenizer: Any, special: SpecialTokens) -> _Written | None:
-    turns = {special.eos, special.chat.turn} if special.chat and pair.is_chat else {special.eos}
-    chosen, chosen_had = _without_turn(pair.chosen, turns)
-    rejected, rejected_had = _without_turn(pair.rejected, turns)
-    prompt: Any = pair.prompt
-    had = chosen_had or rejected_had
-    if not (pair.is_chat and special.chat):
-        return _Written(prompt, prompt + chosen, prompt + rejected, had)
+def _write(row: Comparison, tokenizer: Any, special: SpecialTokens) -> _Written | None:
+    turns = {special.eos, special.chat.turn} if special.chat and row.is_chat else {special.eos}
+    bare = [_without_turn(response, turns) for response in row.responses]
+    prompt: Any = row.prompt
+    wholes = [prompt + response for response, _ in bare]
+    had = any(had for _, had in bare)
+    if not (row.is_chat and special.chat):
+        return _Written(prompt, wholes, had)
     noise = special.chat.noise
     try:
         return _Written(
             render(tokenizer, prompt, generation_prompt=True),
-            render(tokenizer, prompt + chosen, generation_prompt=False).removesuffix(noise),
-            render(tokenizer, prompt + rejected, generation_prompt=False).removesuffix(noise),
+            [render(tokenizer, whole, generation_prompt=False).removesuffix(noise) for whole in wholes],
             had,
         )
     except jinja2.TemplateError:
@@ -81,30 +78,24 @@ def _without_turn(response: Any, turns: set[str]) -> tuple[Any, bool]:
 
 
 def _split(
-    written: _Written,
-    prompt: list[int],
-    chosen: list[int],
-    rejected: list[int],
-    pair: Pair,
-    special: SpecialTokens,
+    written: _Written, prompt: list[int], wholes: list[list[int]], row: Comparison, special: SpecialTokens
 ) -> Encoded:
     prompt, prefixes = special.with_prefix(prompt)
-    chosen = _ended(special.with_prefix(chosen)[0], pair, special)
-    rejected = _ended(special.with_prefix(rejected)[0], pair, special)
-    cut = min(shared_length(prompt, chosen), shared_length(prompt, rejected))
+    wholes = [_ended(special.with_prefix(whole)[0], row, special) for whole in wholes]
+    cut = min((shared_length(prompt, whole) for whole in wholes), default=len(prompt))
     notes = {
         BOUNDARY: cut < len(prompt),
         TURN_IN_TEXT: written.turn_in_text,
-        TURN_INSIDE: chosen[-1] in chosen[cut:-1] or rejected[-1] in rejected[cut:-1],
-        BOS_IN_TEXT: prefixes > bool(pair.is_chat and special.chat and special.chat.writes_bos),
+        TURN_INSIDE: any(whole[-1] in whole[cut:-1] for whole in wholes),
+        BOS_IN_TEXT: prefixes > bool(row.is_chat and special.chat and special.chat.writes_bos),
     }
     applying = tuple(note for note, applies in notes.items() if applies)
-    return Encoded(prompt[:cut], chosen[cut:], rejected[cut:], applying)
+    return Encoded(prompt[:cut], [whole[cut:] for whole in wholes], applying)
 
 
-def _ended(ids: list[int], pair: Pair, special: SpecialTokens) -> list[int]:
+def _ended(ids: list[int], row: Comparison, special: SpecialTokens) -> list[int]:
     """``ids`` with exactly one end-of-turn at their end."""
-    if not pair.is_chat or special.chat is None:
+    if not row.is_chat or special.chat is None:
         return [*ids, special.eos_id]
     turn = special.chat.turn_id
     return ids if special.chat.from_template and ids[-1:] == [turn] else [*ids, turn]

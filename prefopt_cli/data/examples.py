@@ -1,12 +1,12 @@
-"""A preference pair as text, before any tokenizer has seen it."""
+"""Compared responses as text, before any tokenizer has seen them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from prefopt_cli.data.receipt import Receipt
 
@@ -23,25 +23,42 @@ Progress = Callable[[str, int, int], None]
 """Called with (what is being done, rows done, rows in all)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One comparison: ``chosen`` was preferred to ``rejected`` as an answer to ``prompt``.
+class Example(NamedTuple):
+    """What a row says: a prompt, its responses from the best on, and their ranks (see ``Comparison``)."""
 
-    Either all three are strings or all three are message lists. ``repeat`` counts the occurrences of
-    one row in a weighted mixture: 1 for the row itself, 2 for its first repeat.
+    prompt: Text
+    responses: tuple[Text, ...]
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Responses to one prompt, the best first.
+
+    Prompt and responses are all strings or all message lists. ``ranks`` has one number per response:
+    0 is best, no number is skipped, none is lower than the one before it, and equal ranks tie. A pair is
+    ``(0, 1)``, the best of n ``(0, 1, ..., 1)``; a prompt to sample for has no responses. ``repeat``
+    counts the occurrences of one row in a weighted mixture: 1 for the row itself, 2 for its first repeat.
+    ``notes`` is what the receipt says was changed in it.
     """
 
     row_id: str
     source: str
     prompt: Text
-    chosen: Text
-    rejected: Text
+    responses: tuple[Text, ...]
+    ranks: tuple[int, ...]
     repeat: int = 1
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
-    def pair_id(self) -> str:
+    def occurrence_id(self) -> str:
         """Unique within a set: the row's id, with ``#2``, ``#3``, ... on repeats."""
         return self.row_id if self.repeat == 1 else f"{self.row_id}#{self.repeat}"
+
+    @property
+    def key(self) -> bytes:
+        """Equal for rows that say the same: a digest of prompt, responses and ranks."""
+        return text_key(self.prompt, self.responses, self.ranks)
 
     @property
     def is_chat(self) -> bool:
@@ -51,27 +68,30 @@ class Pair:
     @property
     def spans_turns(self) -> bool:
         """Whether a response goes on beyond its turn, so that a person's words would be trained too."""
-        sides = (self.chosen, self.rejected)
-        return any(HUMAN_TURN in side if isinstance(side, str) else len(side) > 1 for side in sides)
+        return any(HUMAN_TURN in side if isinstance(side, str) else len(side) > 1 for side in self.responses)
 
 
 @dataclass(frozen=True)
 class PreferenceData:
-    """The sets of a recipe as text, in the order in which they are trained or evaluated on."""
+    """The sets of a recipe as text, in the order in which they are trained or evaluated on.
 
-    train: list[Pair]
-    eval: dict[str, list[Pair]]
+    ``prompts`` are those to sample responses for, None where none were asked for.
+    """
+
+    train: list[Comparison]
+    eval: dict[str, list[Comparison]]
     receipt: Receipt
+    prompts: list[Comparison] | None = None
 
     @property
-    def sets(self) -> dict[str, list[Pair]]:
-        """Every set by its name; the first is ``train``."""
+    def sets(self) -> dict[str, list[Comparison]]:
+        """Every set of comparisons by its name; the first is ``train``."""
         return {"train": self.train, **self.eval}
 
 
-def text_key(*texts: Text) -> bytes:
-    """A short digest of texts: equal exactly where the texts are equal."""
-    canonical = json.dumps(texts, ensure_ascii=True, sort_keys=True)
+def text_key(*parts: Any) -> bytes:
+    """A short digest of texts, ranks and sequences of them: equal exactly where these are equal."""
+    canonical = json.dumps(parts, ensure_ascii=True, sort_keys=True)
     return hashlib.blake2b(canonical.encode(), digest_size=16).digest()
 
 

@@ -1,70 +1,40 @@
-"""The shapes preference rows come in, one function each: row -> (prompt, chosen, rejected).
+"""The shapes preference rows come in, one function each: row -> prompt and responses, the best first.
 
-A format is one function and one line in ``FORMATS``. The function either returns a pair or raises
+A format is one function and one line in ``FORMATS``. The function either returns an example or raises
 ``Unfit`` with a reason that goes into the receipt; detection simply tries the functions in the
-table's order, so no format is described twice.
+table's order, so no format is described twice. Formats of lists are in ``formats_lists``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from prefopt_cli.data.examples import Message, Text, shared_length
+from prefopt_cli.data.examples import Example, Text, shared_length
+from prefopt_cli.data.fields import Row, Unfit, kind, messages, response, text
+from prefopt_cli.data.formats_lists import best_of_n, ranked, scored, scores_contradict_ranking
 from prefopt_cli.data.receipt import MALFORMED, NO_SHARED_PROMPT
 from prefopt_cli.errors import UserError
 
-Row = Mapping[str, Any]
-Example = tuple[Text, Text, Text]
-"""Prompt, chosen, rejected: all strings or all message lists."""
-
 ASSISTANT_TURN = "\n\nAssistant:"
-LISTED = "responses"
-"""Column of rows that rank several responses, or name the best of them."""
 WORD_SEARCH = 40
 """How many characters to look back for the start of a word; scripts without spaces have none."""
 
 
-class Unfit(Exception):
-    """This row cannot be read in this format; the message is the receipt's reason."""
-
-
-def _text(row: Row, column: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str):
-        raise Unfit(f"{MALFORMED}: {column} is {kind(value)}, not text")
-    return value
-
-
-def _messages(row: Row, column: str) -> list[Message]:
-    value = row.get(column)
-    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
-        raise Unfit(f"{MALFORMED}: {column} is {kind(value)}, not messages")
-    # datasets gives every message every key that any message has; templates ask whether a key is there.
-    messages = [{key: part for key, part in message.items() if part is not None} for message in value]
-    if not all(isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
-        raise Unfit(f"{MALFORMED}: a message in {column} lacks a text role or content")
-    return messages
-
-
-def _response(messages: Sequence[Message], column: str) -> list[Message]:
-    """A response is the assistant's to start and to end, so that its tokens are what a policy generates."""
-    if not messages or messages[0]["role"] != "assistant" or messages[-1]["role"] != "assistant":
-        raise Unfit(f"{MALFORMED}: {column} does not start and end with an assistant message")
-    return list(messages)
-
-
 def standard(row: Row) -> Example:
     """``prompt``, ``chosen`` and ``rejected`` strings."""
-    return _text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected")
+    prompt, chosen, rejected = (text(row.get(column), column) for column in ("prompt", "chosen", "rejected"))
+    return _pair(prompt, chosen, rejected)
 
 
 def conversational(row: Row) -> Example:
     """``prompt``, ``chosen`` and ``rejected`` message lists; responses may repeat the prompt in front."""
-    prompt, chosen, rejected = (_messages(row, column) for column in ("prompt", "chosen", "rejected"))
+    prompt, chosen, rejected = (
+        messages(row.get(column), column) for column in ("prompt", "chosen", "rejected")
+    )
     if chosen[: len(prompt)] == rejected[: len(prompt)] == prompt:
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
-    return prompt, _response(chosen, "chosen"), _response(rejected, "rejected")
+    return _pair(prompt, response(chosen, "chosen"), response(rejected, "rejected"))
 
 
 def implicit_conversational(row: Row) -> Example:
@@ -73,7 +43,7 @@ def implicit_conversational(row: Row) -> Example:
     A ``prompt`` string beside them is used where the lists begin with the assistant; elsewhere (as in
     UltraFeedback) it only repeats their first message.
     """
-    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
+    chosen, rejected = messages(row.get("chosen"), "chosen"), messages(row.get("rejected"), "rejected")
     shared = 0
     # The last message is always response: identical dialogues are to be counted as such, not as malformed.
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -83,44 +53,64 @@ def implicit_conversational(row: Row) -> Example:
         prompt = [{"role": "user", "content": row["prompt"]}, *prompt]
     if not prompt:
         raise Unfit(NO_SHARED_PROMPT)
-    return prompt, _response(chosen[shared:], "chosen"), _response(rejected[shared:], "rejected")
+    return _pair(prompt, response(chosen[shared:], "chosen"), response(rejected[shared:], "rejected"))
 
 
 def hh_transcript(row: Row) -> Example:
     """Anthropic's transcripts: the prompt runs to and includes the last shared ``\\n\\nAssistant:``."""
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    chosen, rejected = text(row.get("chosen"), "chosen"), text(row.get("rejected"), "rejected")
     if not chosen.startswith("\n\nHuman:") or ASSISTANT_TURN not in chosen:
         raise Unfit(f"{MALFORMED}: chosen is not a Human/Assistant transcript")
     turn = chosen.rfind(ASSISTANT_TURN, 0, shared_length(chosen, rejected))
     if turn < 0:
         raise Unfit(NO_SHARED_PROMPT)
     cut = turn + len(ASSISTANT_TURN)
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    return _pair(chosen[:cut], chosen[cut:], rejected[cut:])
 
 
 def implicit_standard(row: Row) -> Example:
     """``chosen`` and ``rejected`` strings whose shared beginning, up to a word's start, is the prompt."""
-    chosen, rejected = _text(row, "chosen"), _text(row, "rejected")
+    chosen, rejected = text(row.get("chosen"), "chosen"), text(row.get("rejected"), "rejected")
     cut = _word_start(chosen, shared_length(chosen, rejected))
     if not chosen[:cut].strip():
         raise Unfit(NO_SHARED_PROMPT)
-    return chosen[:cut], chosen[cut:], rejected[cut:]
+    return _pair(chosen[:cut], chosen[cut:], rejected[cut:])
 
 
-def _word_start(text: str, cut: int) -> int:
+def _pair(prompt: Text, chosen: Text, rejected: Text) -> Example:
+    return Example(prompt, (chosen, rejected), (0, 1))
+
+
+def _word_start(words: str, cut: int) -> int:
     """The last place at or before ``cut`` where a word starts, a single space being part of the word."""
     for start in range(cut, max(cut - WORD_SEARCH, 0), -1):
-        if text[start - 1].isspace():
-            return start - 1 if text[start - 1] == " " else start
+        if words[start - 1].isspace():
+            return start - 1 if words[start - 1] == " " else start
     return cut
 
 
+def prompt_only(row: Row) -> Example:
+    """A ``prompt`` string, or a ``prompt`` message list that the assistant has to answer; no responses."""
+    asked = row.get("prompt")
+    if not isinstance(asked, list):
+        if kind(row.get("chosen")) == "messages":  # the string only repeats the first of the messages
+            raise Unfit(f"{MALFORMED}: prompt is not messages, but chosen is")
+        return Example(text(asked, "prompt"), (), ())
+    return Example(messages(asked, "prompt"), (), ())
+
+
 class Format(NamedTuple):
-    """How a row is read, and what it must look like, for error messages."""
+    """How a row is read, and what it must look like, for error messages.
+
+    ``lists``: rows hold a list of responses, of which unusable ones can be left out.
+    """
 
     read: Callable[[Row], Example]
     expects: str
+    lists: bool = False
 
+
+LISTS = "prompt: text or messages, responses: a list of them"
 
 FORMATS = {
     "standard": Format(standard, "prompt, chosen, rejected: text"),
@@ -132,22 +122,36 @@ FORMATS = {
         hh_transcript, r"chosen, rejected: '\n\nHuman: ...\n\nAssistant: ...' that start alike"
     ),
     "implicit_standard": Format(implicit_standard, "chosen, rejected: text that starts alike"),
+    "ranked": Format(ranked, f"{LISTS}, ranking: a number each, lower is better", lists=True),
+    "scored": Format(scored, f"{LISTS}, scores: a number each, higher is better", lists=True),
+    "best_of_n": Format(best_of_n, f"{LISTS}, best: the number of the best, from 0", lists=True),
 }
 """Tried in this order: every transcript would also be read as implicit_standard."""
 
+PROMPT = "prompt"
+"""Format of rows that are read for their prompt alone."""
 
-def detect(rows: Sequence[Row], where: str) -> str:
-    """The first format that reads most of ``rows``, else the one that reads the most of them.
+PROMPT_FORMATS = {
+    PROMPT: Format(prompt_only, "prompt: text or a list of messages"),
+    **{name: FORMATS[name] for name in ("implicit_conversational", "hh_transcript", "implicit_standard")},
+}
+"""The formats of such rows: wherever a prompt column is, nothing else needs to be right."""
+
+
+def detect(rows: Sequence[Row], where: str, formats: Mapping[str, Format] = FORMATS) -> str:
+    """The first of ``formats`` that reads most of ``rows``, else the one that reads the most of them.
+
+    Rows with a ranking that their own scores contradict count as scored, not as ranked.
 
     Raises:
         UserError: no format reads a single row; the message names the columns found in ``where``.
     """
-    fits = {name: sum(_fits(format, row) for row in rows) for name, format in FORMATS.items()}
+    fits = {name: sum(_fits(format, row) for row in rows) for name, format in formats.items()}
     most = [name for name, count in fits.items() if 2 * count > len(rows)]
     best = most[0] if most else max(fits, key=lambda name: fits[name])
     if not fits[best]:
-        raise UserError(unfit_message(rows, where, "auto"))
-    return best
+        raise UserError(unfit_message(rows, where, "auto", formats=formats))
+    return "scored" if best == "ranked" and any(map(scores_contradict_ranking, rows)) else best
 
 
 def _fits(format: Format, row: Row) -> bool:
@@ -158,17 +162,17 @@ def _fits(format: Format, row: Row) -> bool:
     return True
 
 
-def unfit_message(rows: Sequence[Row], where: str, format: str, reason: str = "") -> str:
+def unfit_message(
+    rows: Sequence[Row],
+    where: str,
+    format: str,
+    reason: str = "",
+    formats: Mapping[str, Format] = FORMATS,
+) -> str:
     """Says which columns are there, which ``format`` (auto: any) expects, and how to bring them together."""
     found = ", ".join(f"{name} ({_kind_in(rows, name)})" for name in rows[0])
-    if "chosen" not in rows[0] and LISTED in rows[0] and _kind_in(rows, LISTED) == "list of text":
-        return (
-            f"{where}: its rows compare whole lists of responses, and only pairs can be trained on\n"
-            f"  columns found: {found}\n"
-            "  choose a `config:` whose rows have chosen and rejected, or make pairs of the lists"
-        )
-    names = list(FORMATS) if format == "auto" else [format]
-    wanted = "\n".join(f"    {name:<24} {FORMATS[name].expects}" for name in names)
+    names = list(formats) if format == "auto" else [format]
+    wanted = "\n".join(f"    {name:<24} {formats[name].expects}" for name in names)
     because = f" ({reason})" if reason else ""
     problem = "no format fits its rows" if format == "auto" else f"no row can be read as {format}{because}"
     return (
@@ -181,20 +185,3 @@ def unfit_message(rows: Sequence[Row], where: str, format: str, reason: str = ""
 
 def _kind_in(rows: Sequence[Row], column: str) -> str:
     return next((kind(row[column]) for row in rows if row.get(column) is not None), "nothing")
-
-
-def kind(value: Any) -> str:
-    """A value's type in words: text, number, messages, list of text, ..."""
-    if isinstance(value, list):
-        if value and isinstance(value[0], dict):
-            return "messages" if "role" in value[0] else "list of objects"
-        return f"list of {kind(value[0])}" if value else "an empty list"
-    names = {
-        str: "text",
-        bool: "true/false",
-        int: "number",
-        float: "number",
-        dict: "object",
-        type(None): "nothing",
-    }
-    return names.get(type(value), type(value).__name__)

@@ -11,6 +11,8 @@ MALFORMED = "malformed"
 NO_SHARED_PROMPT = "no shared prompt"
 IDENTICAL = "identical pair"
 EMPTY_SIDE = "empty side"
+FEW = "fewer than two responses"
+ALL_TIED = "all responses tied"
 DUPLICATE = "duplicate"
 BEYOND_LIMIT = "beyond limit"
 HELD_OUT = "moved to holdout"
@@ -21,6 +23,9 @@ REFUSED = "refused by the chat template"
 PROMPT_TOO_LONG = "prompt too long"
 TOO_LONG = "response too long"
 
+EMPTY_LEFT_OUT = "empty response left out"
+REPEATED_LEFT_OUT = "repeated response left out"
+TOO_LONG_LEFT_OUT = "overlong response left out of its list"
 TRUNCATED = "response truncated"
 SPANS_TURNS = "response spans several turns"
 BOUNDARY = "boundary inside a token"
@@ -33,15 +38,19 @@ EXAMPLES_SHOWN = 3
 
 
 class Tally:
-    """Counts one source's rows while they are read and tokenised; ends as a ``SourceReceipt``."""
+    """Counts one source's rows while they are read and tokenised; ends as a ``SourceReceipt``.
+
+    Counting goes on from a receipt, except that changes are counted anew: rows that were changed may
+    be dropped now, and those that stay bring their notes along.
+    """
 
     def __init__(self, start: SourceReceipt | None = None) -> None:
         self.read = start.read if start else 0
         self.dropped: Counter[str] = Counter(start.dropped if start else {})
-        self.changed: Counter[str] = Counter(start.changed if start else {})
+        self.changed: Counter[str] = Counter()
         self.examples: defaultdict[str, list[str]] = defaultdict(list)
-        for reason, row_ids in (start.examples if start else {}).items():
-            self.examples[reason] = list(row_ids)
+        for reason in self.dropped:
+            self.examples[reason] = list(start.examples[reason]) if start else []
 
     def drop(self, reason: str, row_id: str) -> None:
         """The row goes no further."""
@@ -87,9 +96,16 @@ class SourceReceipt:
 class SetReceipt:
     """One set. Everything in tokens, and ``lengths`` with it, is empty before tokenisation.
 
-    ``prompts`` counts distinct prompts; ``leaked_prompts`` those of an eval set that also occur in
-    train (None for train itself). ``lengths`` has, for prompt, chosen and rejected, percentiles,
-    maximum and total in tokens; ``chosen_longer`` and ``same_length`` are shares of the pairs.
+    ``rows`` counts comparisons, repeats included, pairs and whole lists alike. ``prompts`` counts
+    distinct prompts; ``leaked_prompts`` those of an eval set that also occur in train (None for train
+    itself and for prompts to sample for).
+
+    Where a row has more than two responses, ``responses`` counts those of all rows (0 where there are
+    prompts alone) and ``list_sizes`` is [fewest, most] of a row; where such rows were made into pairs
+    (``pairing``: all_pairs or adjacent_pairs), ``pairs`` is how many the set has then. ``lengths`` has,
+    for prompt, chosen and rejected of every pair (for prompt and responses where rows stay lists),
+    percentiles, maximum and total in tokens; ``chosen_longer`` and ``same_length`` are shares of the
+    pairs, None for lists.
     """
 
     sources: list[SourceReceipt]
@@ -99,6 +115,10 @@ class SetReceipt:
     lengths: dict[str, dict[str, int]] = field(default_factory=dict)
     chosen_longer: float | None = None
     same_length: float | None = None
+    responses: int | None = None
+    list_sizes: list[int] | None = None
+    pairs: int | None = None
+    pairing: str | None = None
 
     def dropped(self) -> dict[str, int]:
         """Dropped rows by reason, over all sources."""

@@ -1,18 +1,20 @@
-"""One source's rows as usable pairs: filter, recognise the format, and leave out what teaches nothing."""
+"""One source's rows as usable comparisons: filter, recognise the format, and leave out what teaches nothing."""
 
 from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import datasets
 
 from prefopt_cli.data import receipt
-from prefopt_cli.data.examples import Pair, Progress, plain_text, text_key
-from prefopt_cli.data.formats import FORMATS, Row, Unfit, detect, unfit_message
+from prefopt_cli.data.examples import Comparison, Example, Progress, Text, plain_text
+from prefopt_cli.data.fields import Row, Unfit
+from prefopt_cli.data.formats import FORMATS, PROMPT, PROMPT_FORMATS, Format, detect, unfit_message
+from prefopt_cli.data.lists import first_of_each, nothing_to_compare, subset
 from prefopt_cli.data.receipt import Tally
 from prefopt_cli.errors import UserError
 from prefopt_cli.recipe.schema import Source
@@ -25,21 +27,28 @@ VALUES_SHOWN = 10
 
 @dataclass
 class SourceRows:
-    """What one source gives: its usable pairs in the file's order, and the count of the others."""
+    """What one source gives: its usable rows in the file's order, and the count of the others."""
 
     label: str
     format: str
-    pairs: list[Pair]
+    comparisons: list[Comparison]
     tally: Tally = field(default_factory=Tally)
 
 
-def read_pairs(
-    dataset: datasets.Dataset, source: Source, label: str, seen: set[bytes], progress: Progress | None = None
+def read_rows(
+    dataset: datasets.Dataset,
+    source: Source,
+    label: str,
+    seen: set[bytes],
+    progress: Progress | None = None,
+    *,
+    prompts_only: bool = False,
 ) -> SourceRows:
-    """The pairs of ``dataset`` that survive ``where`` and are neither malformed, empty, identical nor known.
+    """The rows of ``dataset`` that survive ``where`` and are neither malformed, useless nor known.
 
     Args:
-        seen: keys of the pairs that earlier sources of the same set put into it.
+        seen: keys of the comparisons that earlier sources of the same set put into it.
+        prompts_only: read prompts to sample for; responses need not be there, nor be comparable.
 
     Raises:
         UserError: a column of ``where`` or ``columns`` does not exist, nothing passes ``where``, an id
@@ -55,44 +64,85 @@ def read_pairs(
     matching = dataset if len(kept) == len(dataset) else dataset.select(kept)
 
     sample = list(_rows(matching.select(range(min(SAMPLE, len(matching)))), source))
-    format = detect(sample, label) if source.format == "auto" else source.format
+    formats, use = (PROMPT_FORMATS, _prompt_alone) if prompts_only else (FORMATS, _comparable)
+    given = source.format if source.format in formats else PROMPT
+    format = detect(sample, label, formats) if source.format == "auto" else given
     found = SourceRows(label, format, [], tally)
     known = set(seen)
     for done, (number, row) in enumerate(zip(kept, _rows(matching, source), strict=True), start=1):
-        _take(row, ids[number], found, known)
+        _take(row, ids[number], found, known, formats[format], use)
         if progress and (done % BATCH == 0 or done == len(kept)):
             progress(f"reading {label}", done, len(kept))
-    _refuse_if_all_unfit(found, sample, len(kept))
+    if reason := _all_unfit(found, len(kept)):
+        raise UserError(unfit_message(sample, label, format, reason, formats))
     return found
 
 
-def _take(row: Row, row_id: str, found: SourceRows, known: set[bytes]) -> None:
-    """Add the row's pair to ``found``, or count why not."""
+def _take(
+    row: Row,
+    row_id: str,
+    found: SourceRows,
+    known: set[bytes],
+    format: Format,
+    use: Callable[[Example, Format], tuple[Example, list[str]]],
+) -> None:
+    """Add what the row says to ``found``, or count why not."""
     try:
-        prompt, chosen, rejected = FORMATS[found.format].read(row)
+        example, notes = use(format.read(row), format)
     except Unfit as reason:
         found.tally.drop(str(reason), row_id)
         return
-    if chosen == rejected:
-        found.tally.drop(receipt.IDENTICAL, row_id)
-    elif not plain_text(chosen).strip() or not plain_text(rejected).strip():
-        found.tally.drop(receipt.EMPTY_SIDE, row_id)
-    elif (key := text_key(prompt, chosen, rejected)) in known:
+    comparison = Comparison(row_id, found.label, *example, notes=tuple(notes))
+    if (key := comparison.key) in known:
         found.tally.drop(receipt.DUPLICATE, row_id)
     else:
         known.add(key)
-        found.pairs.append(Pair(row_id, found.label, prompt, chosen, rejected))
+        found.comparisons.append(comparison)
 
 
-def _refuse_if_all_unfit(found: SourceRows, sample: Sequence[Row], rows: int) -> None:
+def _comparable(example: Example, format: Format) -> tuple[Example, list[str]]:
+    """What of a row teaches something, and what was left out to get there. Raises Unfit if nothing does."""
+    prompt, responses, ranks = example
+    filled = [number for number, one in enumerate(responses) if not _is_empty(one)]
+    if not format.lists:
+        if responses[0] == responses[1]:
+            raise Unfit(receipt.IDENTICAL)
+        if len(filled) < len(responses):
+            raise Unfit(receipt.EMPTY_SIDE)
+        return example, []
+    notes = [receipt.EMPTY_LEFT_OUT] if len(filled) < len(responses) else []
+    responses, ranks = subset(responses, ranks, filled)
+    distinct = first_of_each(responses)
+    notes += [receipt.REPEATED_LEFT_OUT] if len(distinct) < len(responses) else []
+    responses, ranks = subset(responses, ranks, distinct)
+    if reason := nothing_to_compare(ranks):
+        raise Unfit(reason)
+    return Example(prompt, responses, ranks), notes
+
+
+def _prompt_alone(example: Example, _: Format) -> tuple[Example, list[str]]:
+    """The row's prompt without its responses. Raises Unfit where there is nothing to answer."""
+    if example.responses and example.responses[0] == example.responses[1]:
+        raise Unfit(receipt.IDENTICAL)  # the prompt is what both share, and here that is everything
+    if _is_empty(example.prompt):
+        raise Unfit(receipt.EMPTY_PROMPT)
+    if not isinstance(example.prompt, str) and example.prompt[-1]["role"] == "assistant":
+        raise Unfit(f"{receipt.MALFORMED}: prompt ends with an assistant message")
+    return Example(example.prompt, (), ()), []
+
+
+def _is_empty(text: Text) -> bool:
+    return not plain_text(text).strip()
+
+
+def _all_unfit(found: SourceRows, rows: int) -> str | None:
+    """The commonest reason, if every one of ``rows`` was malformed."""
     unfit = {
         reason: count
         for reason, count in found.tally.dropped.items()
         if reason.startswith((receipt.MALFORMED, receipt.NO_SHARED_PROMPT))
     }
-    if sum(unfit.values()) == rows:
-        commonest = max(unfit, key=lambda reason: unfit[reason])
-        raise UserError(unfit_message(sample, found.label, found.format, commonest))
+    return max(unfit, key=lambda reason: unfit[reason]) if sum(unfit.values()) == rows else None
 
 
 def _rows(dataset: datasets.Dataset, source: Source) -> Iterator[dict[str, Any]]:

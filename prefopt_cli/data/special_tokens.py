@@ -13,7 +13,7 @@ from typing import Any
 
 import jinja2
 
-from prefopt_cli.data.examples import Message, Pair
+from prefopt_cli.data.examples import Comparison, Message
 from prefopt_cli.errors import UserError
 
 SENTINEL = "PrefoptSentinel"
@@ -59,6 +59,12 @@ class SpecialTokens:
         while tuple(ids[found * size : (found + 1) * size]) == self.prefix:
             found += 1
         return [*self.prefix, *ids[found * size :]], found
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a response: the end-of-turn of the data's chats, if it has any, then eos."""
+        turn = [self.chat.turn_id] if self.chat else []
+        return tuple(dict.fromkeys([*turn, self.eos_id]))
 
     def verdict(self) -> str:
         """One sentence or two on who writes BOS and end-of-turn, for the receipt."""
@@ -114,8 +120,8 @@ class SpecialTokens:
         return facts
 
 
-def probe(tokenizer: Any, pairs: Iterable[Pair]) -> SpecialTokens:
-    """Look at what ``tokenizer`` does, on a text and on the first chats among ``pairs``.
+def probe(tokenizer: Any, rows: Iterable[Comparison]) -> SpecialTokens:
+    """Look at what ``tokenizer`` does, on a text and on the first chats among ``rows``.
 
     Raises:
         UserError: the tokenizer has no eos token; or there are chats and it has no template, or its
@@ -125,8 +131,8 @@ def probe(tokenizer: Any, pairs: Iterable[Pair]) -> SpecialTokens:
         raise UserError(
             "the tokenizer has no eos token, so responses cannot end; set one and save the tokenizer"
         )
-    pairs = list(pairs)
-    chats = [pair for pair in pairs if pair.is_chat]
+    rows = list(rows)
+    chats = [row for row in rows if row.is_chat]
     bare = encode(tokenizer, ["a"])[0]
     dressed = list(tokenizer("a")["input_ids"])
     start = next((n for n in range(len(dressed)) if dressed[n : n + len(bare)] == bare), 0)
@@ -137,7 +143,7 @@ def probe(tokenizer: Any, pairs: Iterable[Pair]) -> SpecialTokens:
         appends_eos=dressed[start + len(bare) :] == [tokenizer.eos_token_id],
         eos=tokenizer.eos_token,
         eos_id=tokenizer.eos_token_id,
-        plain=len(chats) < len(pairs),
+        plain=len(chats) < len(rows),
         chat=_chat_end(tokenizer, chats, prefix) if chats else None,
     )
 
@@ -152,7 +158,7 @@ def render(tokenizer: Any, messages: list[Message], *, generation_prompt: bool) 
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
 
 
-def _chat_end(tokenizer: Any, chats: list[Pair], prefix: tuple[int, ...]) -> ChatEnd:
+def _chat_end(tokenizer: Any, chats: list[Comparison], prefix: tuple[int, ...]) -> ChatEnd:
     if not tokenizer.chat_template:
         raise UserError(
             "the data has chat messages but the tokenizer has no chat template\n"
@@ -170,11 +176,12 @@ def _chat_end(tokenizer: Any, chats: list[Pair], prefix: tuple[int, ...]) -> Cha
     return ChatEnd(turn, tokenizer.convert_tokens_to_ids(turn), noise, True, writes_bos)
 
 
-def _render_probe(tokenizer: Any, chats: list[Pair]) -> str:
+def _render_probe(tokenizer: Any, chats: list[Comparison]) -> str:
     """A chat of the data with a sentinel as the response's last words, rendered."""
     refusal: Exception | None = None
-    for pair in islice(chats, PROBES):
-        messages = [*pair.prompt, *pair.chosen[:-1], {"role": "assistant", "content": SENTINEL}]
+    for row in islice(chats, PROBES):
+        earlier = row.responses[0][:-1] if row.responses else ()
+        messages = [*row.prompt, *earlier, {"role": "assistant", "content": SENTINEL}]
         try:
             return render(tokenizer, messages, generation_prompt=False)
         except jinja2.TemplateError as error:

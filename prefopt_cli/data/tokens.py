@@ -1,112 +1,155 @@
-"""``tokenize``: text pairs -> token ids that fit, their fingerprints, and the second half of the receipt."""
+"""``tokenize``: compared texts -> token ids that fit, their fingerprints, and the receipt's second half."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
 from prefopt_cli.data import receipt
-from prefopt_cli.data.boundaries import Encoded, encode_pairs
-from prefopt_cli.data.examples import Pair, PreferenceData, Progress
-from prefopt_cli.data.loading import require_pairs, set_receipts
+from prefopt_cli.data.boundaries import encode_rows
+from prefopt_cli.data.examples import Comparison, PreferenceData, Progress
+from prefopt_cli.data.fitting import Fitted, fit, longest
+from prefopt_cli.data.loading import PROMPTS, closed, list_figures, require_rows, set_receipts
+from prefopt_cli.data.pairing import Pairing, pairs_of
 from prefopt_cli.data.receipt import Receipt, SetReceipt, SourceReceipt, Tally
 from prefopt_cli.data.special_tokens import SpecialTokens, probe
+from prefopt_cli.data.tables import Columns, TokenRow, as_dataset, columns_of, fingerprint, length_figures
 from prefopt_cli.errors import UserError
 from prefopt_cli.recipe.schema import DatasetSettings
 
 BATCH = 256
-"""Pairs per call of the tokenizer: enough for its threads, little enough for a lively progress bar."""
-COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+"""Rows per call of the tokenizer: enough for its threads, little enough for a lively progress bar."""
 OVERFLOWS_SHOWN = 5
+
+Lists = Literal["whole"] | Pairing
+"""What becomes of rows with more than two responses."""
 
 
 @dataclass(frozen=True)
 class TokenizedData:
     """The sets in tokens.
 
-    Every dataset has the columns ``pair_id`` (str, unique within the set), ``prompt_ids``,
-    ``chosen_ids`` and ``rejected_ids`` (lists of int; the prompt is shared, responses end with their
-    end-of-turn unless truncated). ``fingerprints`` are sha256 digests of each set's tokens in order;
-    pair ids do not enter, so moved or renamed data keeps its fingerprint.
+    Every dataset has the columns ``row_id`` (str, unique within the set), ``prompt_ids`` (list of int32),
+    ``response_ids`` (a list of int32 per response, the best response first; the prompt is shared,
+    responses end with their end-of-turn unless truncated) and ``ranks`` (int32, one per response: 0 is
+    best, none is skipped, equal ranks tie). Rows of a pairwise set have two responses, chosen and
+    rejected, of ranks 0 and 1.
+
+    ``prompts``, where they were asked for, has ``row_id`` and ``prompt_ids``: all that the policy sees
+    before it writes. ``fingerprints`` are sha256 digests of each set's tokens and ranks in order; row ids
+    do not enter, so moved or renamed data keeps its fingerprint. ``stop_ids`` are the token ids that end
+    a response: the end-of-turn of the data's chats, then eos.
     """
 
     train: datasets.Dataset
     eval: dict[str, datasets.Dataset]
     receipt: Receipt
     fingerprints: dict[str, str]
-
-
-_Ids = tuple[np.ndarray, np.ndarray, np.ndarray]
+    stop_ids: tuple[int, ...]
+    prompts: datasets.Dataset | None = None
 
 
 def tokenize(
-    data: PreferenceData, tokenizer: Any, settings: DatasetSettings, progress: Progress | None = None
+    data: PreferenceData,
+    tokenizer: Any,
+    settings: DatasetSettings,
+    progress: Progress | None = None,
+    *,
+    lists: Lists = "whole",
 ) -> TokenizedData:
     """Tokenise every set of ``data``, apply ``max_length`` and complete the receipt.
+
+    Args:
+        lists: ``whole`` leaves lists of responses as they are, ``all_pairs`` and ``adjacent_pairs`` make
+            pairs of them (see ``pairing``). Rows are counted in the receipt before that.
 
     Raises:
         UserError: the tokenizer has no eos token or lacks a chat template that the data needs, a row is
             too long under ``on_overflow: error``, or nothing is left of a set.
     """
-    special = probe(tokenizer, (pair for pairs in data.sets.values() for pair in pairs))
-    pairs: dict[str, list[Pair]] = {}
-    ids: dict[str, dict[str, _Ids]] = {}
-    records: dict[str, list[SourceReceipt]] = {}
-    for name, listed in data.sets.items():
-        tallies = {record.source: Tally(record) for record in data.receipt.sets[name].sources}
-        ids[name] = _encode_set(name, listed, tokenizer, special, settings, tallies, progress)
-        pairs[name] = [pair for pair in listed if pair.row_id in ids[name]]
-        records[name] = _closed(data.receipt.sets[name].sources, tallies, pairs[name])
-        require_pairs(name, pairs[name], records[name], settings)
+    sets = data.sets if data.prompts is None else {**data.sets, PROMPTS: data.prompts}
+    special = probe(tokenizer, (row for listed in sets.values() for row in listed))
+    found: dict[str, _TokenSet] = {}
+    for name, listed in sets.items():
+        before = data.receipt.sets[name].sources
+        found[name] = _token_set(name, listed, before, tokenizer, special, settings, progress)
+        require_rows(name, found[name].rows, found[name].sources, settings)
 
-    columns = {name: _columns(pairs[name], ids[name]) for name in pairs}
-    tables = {name: _dataset(pairs[name], columns[name]) for name in pairs}
-    sets = {
-        name: _with_lengths(record, columns[name]) for name, record in set_receipts(pairs, records).items()
-    }
-    record = replace(data.receipt, sets=sets, special_tokens=special.to_dict())
+    rows = {name: one.rows for name, one in found.items()}
+    asked = rows[PROMPTS] if data.prompts is not None else None
+    counted = set_receipts(rows, {name: one.sources for name, one in found.items()}, asked)
+    columns: dict[str, Columns] = {}
+    for name, one in found.items():
+        columns[name], counted[name] = _arranged(one.tokens, counted[name], lists)
+    record = replace(data.receipt, sets=counted, special_tokens=special.to_dict())
     record.check()
-    fingerprints = {name: _fingerprint(columns[name]) for name in pairs}
-    return TokenizedData(tables.pop("train"), tables, record, fingerprints)
+    tables = {name: as_dataset(one) for name, one in columns.items()}
+    prompts = tables.pop(PROMPTS) if asked is not None else None
+    fingerprints = {name: fingerprint(one) for name, one in columns.items()}
+    return TokenizedData(tables.pop("train"), tables, record, fingerprints, special.stop_ids, prompts)
+
+
+@dataclass(frozen=True)
+class _TokenSet:
+    rows: list[Comparison]
+    tokens: list[TokenRow]
+    sources: list[SourceReceipt]
+
+
+def _token_set(
+    name: str,
+    listed: Sequence[Comparison],
+    before: Sequence[SourceReceipt],
+    tokenizer: Any,
+    special: SpecialTokens,
+    settings: DatasetSettings,
+    progress: Progress | None,
+) -> _TokenSet:
+    """The rows of a set that fit, as text and in tokens, and the receipts of its sources."""
+    tallies = {record.source: Tally(record) for record in before}
+    fitting = _encode_set(name, listed, tokenizer, special, settings, tallies, progress)
+    rows = [replace(row, notes=fitting[row.row_id].notes) for row in listed if row.row_id in fitting]
+    tokens = [replace(fitting[row.row_id].tokens, row_id=row.occurrence_id) for row in rows]
+    sources = [
+        closed(tallies[one.source], one.source, one.format, (row for row in rows if row.source == one.source))
+        for one in before
+    ]
+    return _TokenSet(rows, tokens, sources)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    tokens: TokenRow
+    notes: tuple[str, ...]
 
 
 def _encode_set(
     name: str,
-    pairs: Sequence[Pair],
+    listed: Sequence[Comparison],
     tokenizer: Any,
     special: SpecialTokens,
     settings: DatasetSettings,
     tallies: Mapping[str, Tally],
     progress: Progress | None,
-) -> dict[str, _Ids]:
-    """Ids by row id of every row that fits; repeats share those of their row."""
-    rows = [pair for pair in pairs if pair.repeat == 1]
-    fitting: dict[str, _Ids] = {}
+) -> dict[str, _Fitting]:
+    """By row id every row that fits; repeats share the tokens of their row. The others are counted."""
+    rows = [row for row in listed if row.repeat == 1]
+    fitting: dict[str, _Fitting] = {}
     overflows: list[str] = []
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        for pair, encoded in zip(batch, encode_pairs(batch, tokenizer, special), strict=True):
-            fitted = _fit(encoded, settings)
+        for row, encoded in zip(batch, encode_rows(batch, tokenizer, special), strict=True):
+            fitted = fit(encoded, row.ranks, settings)
             if isinstance(fitted, str):
-                tallies[pair.source].drop(fitted, pair.row_id)
+                tallies[row.source].drop(fitted, row.row_id)
                 if encoded and fitted in (receipt.PROMPT_TOO_LONG, receipt.TOO_LONG):
-                    overflows.append(f"{pair.row_id} ({_length(encoded)} tokens)")
+                    overflows.append(f"{row.row_id} ({longest(encoded)} tokens)")
                 continue
-            if pair.spans_turns:
-                tallies[pair.source].change(receipt.SPANS_TURNS, pair.row_id)
-            for note in fitted.notes:
-                tallies[pair.source].change(note, pair.row_id)
-            prompt, chosen, rejected = (
-                np.asarray(side, dtype=np.int32) for side in (fitted.prompt, fitted.chosen, fitted.rejected)
-            )
-            fitting[pair.row_id] = prompt, chosen, rejected
+            fitting[row.row_id] = _compact(row, fitted)
         if progress:
             progress(f"tokenising {name}", min(start + BATCH, len(rows)), len(rows))
     if overflows and settings.on_overflow == "error":
@@ -119,80 +162,21 @@ def _encode_set(
     return fitting
 
 
-def _fit(encoded: Encoded | None, settings: DatasetSettings) -> Encoded | str:
-    """The pair within ``max_length`` tokens, or the reason why it is dropped."""
-    if encoded is None:
-        return receipt.REFUSED
-    if not encoded.prompt:
-        return receipt.EMPTY_PROMPT
-    limit = settings.max_length
-    if limit is not None and len(encoded.prompt) >= limit:
-        return receipt.PROMPT_TOO_LONG
-    if limit is not None and _length(encoded) > limit:
-        if settings.on_overflow != "truncate_response":
-            return receipt.TOO_LONG
-        room = limit - len(encoded.prompt)
-        notes = (*encoded.notes, receipt.TRUNCATED)
-        encoded = Encoded(encoded.prompt, encoded.chosen[:room], encoded.rejected[:room], notes)
-    # Different texts can become the same tokens, by truncation or by what the tokenizer normalises away.
-    return receipt.IDENTICAL_TOKENS if encoded.chosen == encoded.rejected else encoded
+def _compact(row: Comparison, fitted: Fitted) -> _Fitting:
+    """Arrays instead of lists at once: a set of Python ints would not fit where its arrays do."""
+    prompt, *responses = (np.asarray(ids, dtype=np.int32) for ids in (fitted.prompt, *fitted.responses))
+    turns = [receipt.SPANS_TURNS] if row.spans_turns else []
+    notes = tuple(dict.fromkeys([*row.notes, *turns, *fitted.notes]))
+    return _Fitting(TokenRow(row.row_id, prompt, tuple(responses), fitted.ranks), notes)
 
 
-def _length(encoded: Encoded) -> int:
-    return len(encoded.prompt) + max(len(encoded.chosen), len(encoded.rejected))
-
-
-def _closed(
-    before: Sequence[SourceReceipt], tallies: Mapping[str, Tally], pairs: Sequence[Pair]
-) -> list[SourceReceipt]:
-    rows: dict[str, int] = dict.fromkeys(tallies, 0)
-    kept = dict(rows)
-    for pair in pairs:
-        rows[pair.source] += 1
-        kept[pair.source] += pair.repeat == 1
-    return [
-        tallies[record.source].receipt(record.source, record.format, kept[record.source], rows[record.source])
-        for record in before
-    ]
-
-
-def _columns(pairs: Sequence[Pair], ids: Mapping[str, _Ids]) -> dict[str, list[np.ndarray]]:
-    return {column: [ids[pair.row_id][side] for pair in pairs] for side, column in enumerate(COLUMNS)}
-
-
-def _dataset(pairs: Sequence[Pair], columns: Mapping[str, list[np.ndarray]]) -> datasets.Dataset:
-    """An in-memory table of flat arrays: lists of Python ints would take ten times the memory."""
-    lists = {
-        name: pa.LargeListArray.from_arrays([0, *accumulate(map(len, rows))], np.concatenate(rows))
-        for name, rows in columns.items()
-    }
-    table = pa.table({"pair_id": [pair.pair_id for pair in pairs], **lists})
-    return datasets.Dataset(datasets.table.InMemoryTable(table))
-
-
-def _fingerprint(columns: Mapping[str, list[np.ndarray]]) -> str:
-    digest = hashlib.sha256()
-    for rows in columns.values():
-        # Lengths first: the same tokens cut at other places are other data.
-        digest.update(np.fromiter(map(len, rows), dtype="<i8", count=len(rows)).tobytes())
-        for row in rows:
-            digest.update(row.astype("<i4", copy=False).tobytes())
-    return digest.hexdigest()
-
-
-def _with_lengths(record: SetReceipt, columns: Mapping[str, list[np.ndarray]]) -> SetReceipt:
-    """Adds length percentiles in tokens, and how often the chosen response is the longer one."""
-    counts = {
-        name.removesuffix("_ids"): np.array([len(row) for row in rows]) for name, rows in columns.items()
-    }
-    return replace(
-        record,
-        lengths={name: _summary(lengths) for name, lengths in counts.items()},
-        chosen_longer=float(np.mean(counts["chosen"] > counts["rejected"])),
-        same_length=float(np.mean(counts["chosen"] == counts["rejected"])),
-    )
-
-
-def _summary(lengths: np.ndarray) -> dict[str, int]:
-    points = {f"p{q}": int(np.percentile(lengths, q, method="nearest")) for q in (5, 50, 95)}
-    return {**points, "max": int(lengths.max()), "total": int(lengths.sum())}
+def _arranged(rows: list[TokenRow], record: SetReceipt, lists: Lists) -> tuple[Columns, SetReceipt]:
+    """The set as it is trained on, and its receipt with counts and lengths in tokens."""
+    figures = list_figures([len(row.ranks) for row in rows])
+    if "list_sizes" in figures and lists != "whole":
+        rows = pairs_of(rows, lists)
+        figures |= {"pairs": len(rows), "pairing": lists}
+    columns = columns_of(rows)
+    # Overlong responses are gone from lists by now, so what was counted in texts no longer holds.
+    record = replace(record, responses=None, list_sizes=None)
+    return columns, replace(record, **figures, **length_figures(columns))

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.recipe.problems import Path, Problem, shown
+from prefopt_cli.recipe.methods import METHODS, TAKE_LISTS
+from prefopt_cli.recipe.problems import Path, Problem, join_names, shown
 from prefopt_cli.recipe.schemes import find_scheme
 from prefopt_cli.recipe.training_fields import MISSING, training_fields
 
@@ -50,6 +51,8 @@ class Settings:
         named = self.get("dataset", "eval")
         sets: list[Path] = [("dataset", "train")]
         sets += [("dataset", "eval", name) for name in (named if isinstance(named, dict) else ())]
+        prompts: Path = ("method", "regularizer", "prompts")
+        sets += [prompts] if self.get(*prompts) is not None else []
         for path in sets:
             value = self.get(*path)
             yield from [(*path, entry) for entry in range(len(value))] if isinstance(value, list) else [path]
@@ -72,10 +75,14 @@ EVAL_METRICS = (
     "rewards/rejected",
     "rewards/accuracies",
     "rewards/margins",
-    "gpo/gradient_weight",
-    "gpo/squared_log_ratio",
 )
 """What every evaluation reports, each after the name of its set: `heldout_loss`."""
+
+METHOD_METRICS = {
+    "gpo": ("gpo/gradient_weight", "gpo/squared_log_ratio"),
+    "soft": ("soft/gradient_weight",),
+}
+"""What those of a method report besides."""
 
 Check = Callable[[Settings], Iterator[Problem]]
 
@@ -129,13 +136,19 @@ def _metric_of_one_set(settings: Settings) -> Iterator[Problem]:
     if metric is None:
         yield _problem(name, f"needs training.metric_for_best_model, for example {sets[0]}_loss")
     elif str(metric).removeprefix("eval_") not in [
-        f"{each}_{known}" for each in sets for known in EVAL_METRICS
+        f"{each}_{known}" for each in sets for known in (*EVAL_METRICS, *_method_metrics(settings))
     ]:
         yield _problem(
             "metric_for_best_model",
             f"expected a metric of one eval set, for example {sets[0]}_loss or {sets[0]}_rewards/accuracies, "
             f"found {shown(metric)}",
         )
+
+
+def _method_metrics(settings: Settings) -> Iterator[str]:
+    method = settings.get("method", "name")
+    for name, metrics in METHOD_METRICS.items():
+        yield from metrics if name == method or method not in METHOD_METRICS else ()
 
 
 def _whole_multiple(settings: Settings) -> Iterator[Problem]:
@@ -189,6 +202,24 @@ def _prefetch_needs_workers(settings: Settings) -> Iterator[Problem]:
         yield _problem("dataloader_prefetch_factor", "needs training.dataloader_num_workers of at least 1")
 
 
+def _lists_for_the_method(settings: Settings) -> Iterator[Problem]:
+    method, lists = settings.get("method", "name"), settings.get("dataset", "lists")
+    takes_lists = method in TAKE_LISTS
+    if lists == "whole" and method in METHODS and not takes_lists:
+        yield Problem(
+            ("dataset", "lists"),
+            f"method {method} compares pairs; use all_pairs or adjacent_pairs, or method {join_names(TAKE_LISTS)}",
+        )
+
+
+def _soft_without_reference_scores(settings: Settings) -> Iterator[Problem]:
+    if settings.get("method", "name") != "soft":
+        return
+    for name in ("precompute_ref_log_probs", "precompute_ref_batch_size"):
+        if settings.get("training", name) is not None:
+            yield _problem(name, "method soft never scores the data with the reference policy; leave it out")
+
+
 def _model_of_a_scheme(settings: Settings) -> Iterator[Problem]:
     yield from _judged(settings, ("model", "name_or_path"), ("model",), "model")
 
@@ -228,6 +259,8 @@ CHECKS: tuple[Check, ...] = (
     _holdout_name,
     _step_counts,
     _prefetch_needs_workers,
+    _lists_for_the_method,
+    _soft_without_reference_scores,
     _model_of_a_scheme,
     _data_of_a_scheme,
 )

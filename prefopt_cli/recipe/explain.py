@@ -36,6 +36,7 @@ _REMEDIES: dict[Path, str] = {
     ("quantization",): "quantised weights are not supported",
     ("launch", "processes"): "several processes are not supported",
     ("adapter", "type"): "write {type: lora, ...}",
+    ("method", "mu"): "write none, or {gamma: 0.1}",
     ("adapter", "bias"): "trained biases stay when the adapter is switched off, so the reference would move",
     ("adapter", "init_lora_weights"): "with others the policy without its adapter is not the reference",
 }
@@ -64,7 +65,14 @@ def explain(error: ValidationError, data: Any) -> list[Problem]:
     grouped: dict[Path, list[_Mistake]] = {}
     for mistake in _without_other_branches(mistakes):
         grouped.setdefault(mistake.path, []).append(mistake)
-    return [Problem(path, _message(path, group)) for path, group in grouped.items()]
+    method = _named_method(data)
+    return [Problem(path, _message(path, group, method)) for path, group in grouped.items()]
+
+
+def _named_method(data: Any) -> str | None:
+    method = data.get("method") if isinstance(data, dict) else None
+    name = method.get("name") if isinstance(method, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _place(error: Any, data: Any) -> _Mistake:
@@ -100,11 +108,11 @@ def _without_other_branches(mistakes: list[_Mistake]) -> list[_Mistake]:
     ]
 
 
-def _message(path: Path, group: list[_Mistake]) -> str:
+def _message(path: Path, group: list[_Mistake], method: str | None) -> str:
     error = group[0].error
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind == "extra_forbidden":
-        return unknown_key(path)
+        return unknown_key(path, method)
     if kind == "missing":
         return _missing(path, error)
     if kind == "governed":

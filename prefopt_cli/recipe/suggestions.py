@@ -12,7 +12,9 @@ from prefopt_cli.recipe.schema import (
     LoraAdapter,
     ModelSettings,
     Recipe,
+    Regularizer,
     Source,
+    Weighting,
 )
 from prefopt_cli.recipe.training_settings import allowed_fields, governed
 
@@ -82,19 +84,23 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     return lowered[found[0]] if found else None
 
 
-@lru_cache(maxsize=1)
-def _owners() -> dict[str, list[str]]:
-    """The sections (dotted) in which each key is valid."""
+@lru_cache(maxsize=8)
+def _owners(method: str | None) -> dict[str, list[str]]:
+    """The sections (dotted) in which each key is valid, for a recipe of this method (None: of any)."""
+    methods = [METHODS[method]] if method in METHODS else METHODS.values()
     sections: dict[str, Iterable[str]] = {
         "": Recipe.model_fields,
         "model": ModelSettings.model_fields,
         "adapter": LoraAdapter.model_fields,
         "dataset": DatasetSettings.model_fields,
         "dataset.train.0": Source.model_fields,
-        "method": dict.fromkeys(key for method in METHODS.values() for key in method.model_fields),
+        "method": dict.fromkeys(key for each in methods for key in each.model_fields),
         "training": allowed_fields(),
         "launch": LaunchSettings.model_fields,
     }
+    if "regularizer" in sections["method"]:
+        sections["method.regularizer"] = Regularizer.model_fields
+        sections["method.mu"] = Weighting.model_fields
     owners: dict[str, list[str]] = {}
     for section, keys in sections.items():
         for key in keys:
@@ -102,31 +108,42 @@ def _owners() -> dict[str, list[str]]:
     return owners
 
 
-def siblings(path: Path) -> list[str]:
+def siblings(path: Path, method: str | None = None) -> list[str]:
     """The valid keys beside the last one of ``path``."""
     section = ".".join(str(part) for part in path[:-1])
     if path[:2] == ("dataset", "train") or path[:2] == ("dataset", "eval"):
         section = "dataset.train.0" if len(path) > 2 else "dataset"
-    places = ((full.rpartition("."), key) for key, fulls in _owners().items() for full in fulls)
+    if path[:3] == ("method", "regularizer", "prompts") and len(path) > 3:
+        section = "dataset.train.0"
+    places = ((full.rpartition("."), key) for key, fulls in _owners(method).items() for full in fulls)
     return [key for (owner, _, _), key in places if owner == section]
 
 
-def unknown_key(path: Path) -> str:
-    """What to say about a key that does not exist: where it belongs, or what it may have meant."""
-    name, beside = str(path[-1]), siblings(path)
+def unknown_key(path: Path, method: str | None = None) -> str:
+    """What to say about a key that does not exist: where it belongs, or what it may have meant.
+
+    Args:
+        path: of the key.
+        method: the recipe's method, as far as it is known.
+    """
+    name, beside, owners = str(path[-1]), siblings(path, method), _owners(method)
     pointer = governed(name)
     if pointer:
         return f"unknown key; {pointer}"
-    if name in _owners():
-        return f"unknown key; it belongs elsewhere: {join_names(_owners()[name])}"
+    others = [each for each, settings in METHODS.items() if name in settings.model_fields]
+    if path[:-1] == ("method",) and others:
+        valid = ", ".join(key for key in beside if key != "name")
+        return f"unknown key; method {join_names(others)} has it, {method} does not; valid here: {valid}"
+    if name in owners:
+        return f"unknown key; it belongs elsewhere: {join_names(owners[name])}"
     close = nearest(name, beside)
     if name in ALIASES:
         return f"unknown key; did you mean {ALIASES[name]}?"
     if close:
         return f"unknown key; did you mean {close!r}?"
-    far = nearest(name, _owners(), cutoff=0.8)
+    far = nearest(name, owners, cutoff=0.8)
     if far:
-        return f"unknown key; did you mean {join_names(_owners()[far])}?"
+        return f"unknown key; did you mean {join_names(owners[far])}?"
     if 0 < len(beside) <= 20:
         return f"unknown key; valid here: {', '.join(beside)}"
     return "unknown key; see `prefopt recipe schema` for the valid ones"

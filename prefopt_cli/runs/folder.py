@@ -2,7 +2,7 @@
 
 ::
 
-    recipe.yaml   manifest.json   metrics.jsonl   checkpoints/   model/   eval/<name>/
+    recipe.yaml   manifest.json   metrics.jsonl   samples.jsonl   checkpoints/   model/   eval/<name>/
 """
 
 import json
@@ -40,6 +40,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
 
     @property
     def checkpoints(self) -> Path:

@@ -32,6 +32,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop what was logged after `step`, which a resumed run will log again."""
+    """Drop what was logged after `step`, which a resumed run will log again; without a file nothing happens."""
+    if not path.is_file():
+        return
     kept = [record for record in read(path) if record.get("step", 0) <= step]
     atomic.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))

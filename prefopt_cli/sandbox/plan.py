@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.recipe.schema import GPOSettings
 from prefopt_cli.recipe.suggestions import nearest
 from prefopt_cli.sandbox.names import DIMENSIONS, PreferencesName
 from prefopt_cli.sandbox.origin import Origin, base_name, identity, origin, require_finished
@@ -113,7 +114,8 @@ def find_closed_form(found: Origin, preferences: PreferencesName) -> tuple[Named
         return None, "the policy was trained on a selection of the pairs (where)"
     method = found.recipe.method
     made = closed_form(method, preferences.temperature)
-    return made, None if made else f"{method.loss} has no closed form with these settings"
+    of_what = method.loss if isinstance(method, GPOSettings) else method.name
+    return made, None if made else f"{of_what} has no closed form with these settings"
 
 
 def require_prompts(settings: ScoreSettings, count: int) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.recipe.schema import GPOSettings
+from prefopt_cli.recipe.schema import Method, SoftSettings
 
 BLOCK = 256
 SMALLEST = 1e-6
@@ -48,10 +48,13 @@ def softmax_target(alpha: float) -> NamedTarget:
     return NamedTarget(f"softmax(r / {alpha:g})", lambda _, rewards: log_normalised(rewards / alpha))
 
 
-def closed_form(method: GPOSettings, temperature: float) -> NamedTarget | None:
-    """The optimum of a method on pairs labelled at this temperature, None if it has no closed form."""
+def closed_form(method: Method, temperature: float) -> NamedTarget | None:
+    """The optimum of a method on preferences labelled at this temperature, None if it has no closed form."""
     if method.length_normalize:
         return None
+    if isinstance(method, SoftSettings):
+        scale = method.alpha * temperature
+        return None if method.samples or scale < SMALLEST else softmax_target(scale)
     beta = method.beta
     if method.loss == "squared":
         return NamedTarget(

@@ -1,6 +1,7 @@
-"""One forward pass: from a batch of examples to the score of every response."""
+"""One forward pass: from a batch of examples to the score of every response, or of every response token."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefopt_cli.scoring.attention import attention_input
+from prefopt_cli.scoring.divergence import HeadStates, TokenDivergence
 from prefopt_cli.scoring.head import TokenScores
 
 if TYPE_CHECKING:
@@ -34,6 +36,23 @@ class ResponseScores:
     """() load-balancing loss of a mixture-of-experts model that returns one. Carries the gradient."""
 
 
+@dataclass(frozen=True)
+class SampleScores:
+    """What one forward pass says about the T tokens of K responses, beside a reference; 0 outside the mask.
+
+    All are (K, T), float32 or wider, T being the tokens of the longest response.
+    """
+
+    kl: Tensor
+    """KL(policy || reference) of the token's distribution over the whole vocabulary, in nats. Carries the gradient."""
+    log_probs: Tensor
+    """Log-probability of the token under the policy, in nats. Carries the gradient."""
+    entropy: Tensor
+    """Entropy of the policy where it predicts the token, in nats. Detached."""
+    mask: Tensor
+    """Boolean: where there is a token."""
+
+
 def score_responses(
     model: nn.Module, batch: Mapping[str, Tensor], layout: "Layout", *, router_logits: bool = False
 ) -> ResponseScores:
@@ -48,20 +67,83 @@ def score_responses(
     """
     if router_logits:
         return _with_router_loss(model, batch)
-    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "predicting", "targets")}
+    scores: TokenScores = model(**_inputs(batch, layout), targets=batch["targets"])
+    return _summed(scores, batch["slots"])
+
+
+def reference_states(model: nn.Module, batch: Mapping[str, Tensor], layout: "Layout") -> HeadStates:
+    """What a frozen policy makes its predictions of a batch's response tokens from, for `score_samples`.
+
+    Args:
+        model: as for `score_responses`; the caller selects the adapter, or switches it off. Runs without dropout,
+            gradient checkpointing and gradients, and is left in the mode that it was in.
+        batch: as `layout` made it.
+        layout: packed or padded.
+    """
+    with at_rest(model):
+        states: HeadStates = model(**_inputs(batch, layout), states_only=True)
+    return states
+
+
+def score_samples(
+    model: nn.Module, batch: Mapping[str, Tensor], layout: "Layout", reference: HeadStates
+) -> SampleScores:
+    """Compare the policy with a reference at every response token of a batch.
+
+    Args:
+        model: as for `score_responses`.
+        batch: as `layout` made it.
+        layout: packed or padded.
+        reference: `reference_states` of the same batch.
+
+    Raises:
+        ValueError: the reference is of other positions or of another vocabulary.
+    """
+    scores: TokenDivergence = model(**_inputs(batch, layout), targets=batch["targets"], reference=reference)
+    slots = batch["slots"]
+    return SampleScores(
+        kl=_per_token(scores.kl, slots),
+        log_probs=_per_token(scores.log_probs, slots),
+        entropy=_per_token(scores.entropy, slots),
+        mask=slots < scores.kl.size(0),
+    )
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module is in the mode that it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        # An autocast around this may have kept casts of weights, which lead no gradient back to them.
+        torch.clear_autocast_cache()
+
+
+def _inputs(batch: Mapping[str, Tensor], layout: "Layout") -> dict[str, Any]:
+    """What a model gets of a batch, but for the targets."""
+    inputs: dict[str, Any] = {name: batch[name] for name in ("input_ids", "predicting")}
     if layout.way is None:
         inputs["attention_mask"] = batch["attention_mask"]
     else:
         inputs["attention_mask"] = attention_input(layout.way, batch, layout.mask_dtype)
         inputs["position_ids"] = batch["position_ids"]
-    scores: TokenScores = model(**inputs)
-    return _summed(scores, batch["slots"])
+    return inputs
+
+
+def _per_token(values: Tensor, slots: Tensor) -> Tensor:
+    """(K, T) values (N,) of the response tokens, in float32 or wider, and 0 where a response has no more."""
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.cat((wide, wide.new_zeros(1)))[slots]
 
 
 def _summed(scores: TokenScores, slots: Tensor, router_loss: Tensor | None = None) -> ResponseScores:
     def per_response(values: Tensor) -> Tensor:
-        wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        return torch.cat((wide, wide.new_zeros(1)))[slots].sum(dim=1)
+        return _per_token(values, slots).sum(dim=1)
 
     return ResponseScores(
         logps=per_response(scores.log_probs),

@@ -6,6 +6,7 @@ hold several copies of a tile of 4096 x 32768 logits; the function here works in
 
 import functools
 import types
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from prefopt_cli.errors import PrefoptError, UserError
+from prefopt_cli.scoring.chunks import HeadGradients, Numerics, slices
+from prefopt_cli.scoring.divergence import HeadStates, token_divergence
 
 CHUNK_ELEMENTS = 2**21
 """Logits in a chunk: 8 MiB in float32, so that its passes find it in the processor's cache."""
@@ -43,14 +46,19 @@ class TokenScores(NamedTuple):
 
 
 def add_response_head(model: Any) -> None:
-    """Let ``model(..., predicting=, targets=)`` return the `TokenScores` of these positions instead of logits.
+    """Let a model say something about some positions instead of returning logits.
 
-    Args:
-        model: a causal language model of transformers, not wrapped by peft. Called without the two arguments
-            it is what it was. A second call does nothing.
+    - ``model(..., predicting=, targets=)`` returns `TokenScores`;
+    - ``model(..., predicting=, states_only=True)`` returns the `HeadStates` there: the head is the one that is active
+      now, so with peft's adapter off the original one;
+    - ``model(..., predicting=, targets=, reference=)`` returns the `TokenDivergence` from such states of another model.
 
     ``predicting`` (N,) are places in the flattened (rows x width) outputs of the backbone, ``targets`` (N,) the
     tokens to score there.
+
+    Args:
+        model: a causal language model of transformers, not wrapped by peft. Called without ``predicting``
+            it is what it was. A second call does nothing.
 
     Raises:
         UserError: the head carries an adapter.
@@ -72,15 +80,29 @@ def add_response_head(model: Any) -> None:
 
     # The signature stays: `generate` checks its arguments against it.
     @functools.wraps(type(model).forward)
-    def forward(self: Any, *args: Any, predicting: Any = None, targets: Any = None, **kwargs: Any) -> Any:
+    def forward(
+        self: Any,
+        *args: Any,
+        predicting: Any = None,
+        targets: Any = None,
+        reference: HeadStates | None = None,
+        states_only: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         if predicting is None:
             return plain(self, *args, **kwargs)
         inputs = {name: value for name, value in kwargs.items() if value is not None}
         hidden = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state
         responses = hidden.flatten(0, 1).index_select(0, predicting)
+        # Where peft keeps several heads, these are attributes of the one that is active now.
         head = self.get_output_embeddings()
-        with maybe_gather_lm_head_ctx(*(p for p in (head.weight, head.bias) if p is not None)):
-            return token_scores(responses, head.weight, targets, head.bias, scale=scale, softcap=softcap)
+        weight, bias = head.weight, head.bias
+        if states_only:
+            return HeadStates(responses, weight, bias)
+        with maybe_gather_lm_head_ctx(*(p for p in (weight, bias) if p is not None)):
+            if reference is None:
+                return token_scores(responses, weight, targets, bias, scale=scale, softcap=softcap)
+            return token_divergence(responses, weight, targets, reference, bias, scale=scale, softcap=softcap)
 
     model.forward = types.MethodType(forward, model)
     model.scores_responses = True
@@ -128,17 +150,14 @@ class _ChunkedHead(torch.autograd.Function):
         softcap: float | None,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        device = hidden.device.type
-        ctx.dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.scale, ctx.softcap = scale, softcap
-        count, vocabulary = hidden.size(0), weight.size(0)
-        wide = torch.promote_types(ctx.dtype, torch.float32)
+        ctx.numerics = numerics = Numerics.here(hidden, scale, softcap)
+        count, vocabulary, wide = hidden.size(0), weight.size(0), numerics.wide
         scores = hidden.new_empty((4, count), dtype=wide)
         log_z = hidden.new_empty(count, dtype=wide)
         ctx.kept = {}
         room = KEPT_BYTES if any(ctx.needs_input_grad) else 0
         for rows in _chunks(count, vocabulary):
-            logits = _logits(ctx, hidden[rows], weight, bias)
+            logits = numerics.logits(hidden[rows], weight, bias)
             wanted = targets[rows, None]
             target = logits.gather(1, wanted)
             scores[2, rows] = logits.mean(1)
@@ -147,7 +166,7 @@ class _ChunkedHead(torch.autograd.Function):
             scores[0, rows] = log_probs.gather(1, wanted)[:, 0]
             log_z[rows] = target[:, 0] - scores[0, rows]
             probabilities = torch.exp(log_probs, out=logits)
-            with torch.autocast(device, enabled=False):  # it would round both to bfloat16
+            with torch.autocast(hidden.device.type, enabled=False):  # it would round both to bfloat16
                 scores[1, rows] = -torch.linalg.vecdot(probabilities, log_probs)
             size = probabilities.numel() * probabilities.element_size()
             if size <= room and softcap is None:
@@ -163,47 +182,18 @@ class _ChunkedHead(torch.autograd.Function):
         if gradient is None:
             return (None,) * 6
         hidden, weight, bias, targets, log_z = ctx.saved_tensors
-        for_hidden, for_weight, for_bias = (
-            torch.zeros_like(tensor, dtype=log_z.dtype) if needed else None
-            for tensor, needed in zip((hidden, weight, bias), ctx.needs_input_grad[:3], strict=True)
-        )
-        head = weight.to(ctx.dtype)
+        head = weight.to(ctx.numerics.dtype)
+        sums = HeadGradients(hidden, weight, bias, head, ctx.needs_input_grad[:3])
         for rows in _chunks(hidden.size(0), weight.size(0)):
-            by_logits = _logits_gradient(ctx, rows, hidden, weight, bias, targets, log_z, gradient)
-            if for_bias is not None:
-                for_bias += by_logits.sum(0)
-            products = by_logits.to(ctx.dtype)
-            if for_hidden is not None:
-                for_hidden[rows] = products @ head
-            if for_weight is not None:
-                for_weight.addmm_(products.t().to(for_weight.dtype), hidden[rows].to(for_weight.dtype))
-        sums = zip((for_hidden, for_weight, for_bias), (hidden, weight, bias), strict=True)
-        return (
-            *(None if total is None else total.to(tensor.dtype) for total, tensor in sums),
-            None,
-            None,
-            None,
-        )
-
-
-def _logits(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(n, V) transformed logits, in float32 or wider, in memory of their own."""
-    logits = hidden.to(ctx.dtype) @ weight.to(ctx.dtype).t()
-    if bias is not None:
-        logits += bias.to(ctx.dtype)
-    logits = logits.to(torch.promote_types(ctx.dtype, torch.float32))
-    if ctx.scale != 1.0:
-        logits *= ctx.scale
-    if ctx.softcap is not None:
-        logits.div_(ctx.softcap).tanh_().mul_(ctx.softcap)
-    return logits
+            sums.add(rows, _logits_gradient(ctx, rows, hidden, head, bias, targets, log_z, gradient))
+        return *sums.totals(), None, None, None
 
 
 def _logits_gradient(
     ctx: Any,
     rows: slice,
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     bias: Tensor | None,
     targets: Tensor,
     log_z: Tensor,
@@ -213,11 +203,10 @@ def _logits_gradient(
     probabilities = ctx.kept.pop(rows.start, None)
     slope = None
     if probabilities is None:
-        probabilities = _logits(ctx, hidden[rows], weight, bias)
-        if ctx.softcap is not None:
-            slope = 1 - (probabilities / ctx.softcap).square()
+        probabilities = ctx.numerics.logits(hidden[rows], head, bias)
+        slope = ctx.numerics.slope(probabilities)
         probabilities.sub_(log_z[rows, None]).exp_()
-    factors = gradient[rows].to(log_z.dtype) * ctx.scale
+    factors = gradient[rows].to(log_z.dtype) * ctx.numerics.scale
     by_logits = probabilities.mul_(-factors[:, None])
     by_logits.scatter_add_(1, targets[rows, None], factors[:, None])
     return by_logits if slope is None else by_logits.mul_(slope)
@@ -231,9 +220,8 @@ def _is_first_maximum(logits: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
     return best
 
 
-def _chunks(count: int, vocabulary: int) -> list[slice]:
-    step = max(CHUNK_ELEMENTS // vocabulary, CHUNK_ROWS)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+def _chunks(count: int, vocabulary: int) -> Iterator[slice]:
+    return slices(count, max(CHUNK_ELEMENTS // vocabulary, CHUNK_ROWS))
 
 
 def _logit_transform(config: Any) -> tuple[float, float | None]:

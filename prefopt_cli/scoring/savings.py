@@ -53,10 +53,10 @@ class Savings:
     """Means over the batches of an epoch in random order, and the predicted speed-up."""
 
     batches: int
-    pairs: int
-    """Pairs of a batch."""
+    rows: int
+    """Rows of the data (pairs, or lists of responses) in a batch."""
     padded_tokens: float
-    """Positions of TRL's batch: two rows per pair, each as long as the batch's longest."""
+    """Positions of a batch of TRL's kind: a row per response, each as long as the batch's longest."""
     padding_share: float
     """Share of them that is padding."""
     packed_tokens: float
@@ -72,12 +72,12 @@ def draw_batches(lengths: np.ndarray, batch_size: int, seed: int = 0) -> np.ndar
     """The batches of an epoch in random order; the last one is filled up from the first.
 
     Args:
-        lengths: (P, 3) tokens of prompt, chosen and rejected response of every pair.
-        batch_size: pairs of a batch; with fewer than that in all, they are one batch.
+        lengths: (P, 1 + R) tokens of every row's prompt and of its responses; 0 where it has fewer than R.
+        batch_size: rows of a batch; with fewer than that in all, they are one batch.
         seed: of the order.
 
     Returns:
-        (N, B, 3) lengths.
+        (N, B, 1 + R) lengths.
     """
     size = min(batch_size, len(lengths))
     order = np.random.default_rng(seed).permutation(len(lengths))
@@ -85,10 +85,10 @@ def draw_batches(lengths: np.ndarray, batch_size: int, seed: int = 0) -> np.ndar
 
 
 def heaviest_batch(batches: np.ndarray, *, packed: bool) -> np.ndarray:
-    """(B, 3) the batch with most tokens in the layout; of equal ones that with most response tokens.
+    """(B, 1 + R) the batch with most tokens in the layout; of equal ones that with most response tokens.
 
     Args:
-        batches: (N, B, 3) as `draw_batches` gives them.
+        batches: (N, B, 1 + R) as `draw_batches` gives them.
         packed: whether the layout is packed.
     """
     tokens = batches.sum((1, 2)) if packed else _longest(batches)
@@ -101,7 +101,7 @@ def predict_savings(
     """Compare prefopt's step with TRL's.
 
     Args:
-        batches: (N, B, 3) as `draw_batches` gives them.
+        batches: (N, B, 1 + R) as `draw_batches` gives them.
         work: the model's sizes.
         packed: whether prefopt's batches are packed; otherwise they are padded like TRL's.
         cached: whether prefopt's reference scores are known before training.
@@ -117,10 +117,10 @@ def predict_savings(
     reference = forward_operations(work, trl).mean()
     own = training_operations(work, ours, kept).mean()
     own += 0 if cached else forward_operations(work, ours).mean()
-    real = (batches[:, :, 0] * 2 + batches[:, :, 1] + batches[:, :, 2]).sum()
+    real = (batches[:, :, 1:] + (batches[:, :, 1:] > 0) * batches[:, :, :1]).sum()
     return Savings(
         batches=len(batches),
-        pairs=batches.shape[1],
+        rows=batches.shape[1],
         padded_tokens=float(trl.tokens.mean()),
         padding_share=float(1 - real / trl.tokens.sum()),
         packed_tokens=float(batches.sum((1, 2)).mean()),
@@ -131,8 +131,8 @@ def predict_savings(
 
 
 def padded_positions(batches: np.ndarray) -> Positions:
-    """Two rows per pair, all as long as the longest; every query meets every key, and the head every position."""
-    rows, width = 2 * batches.shape[1], _longest(batches)
+    """A row per response, all as long as the longest; every query meets every key, and the head every position."""
+    rows, width = (batches[:, :, 1:] > 0).sum((1, 2)), _longest(batches)
     return Positions(tokens=rows * width, seen=rows * width**2, scored=rows * width)
 
 

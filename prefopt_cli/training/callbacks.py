@@ -41,10 +41,16 @@ class MetricsFile(TrainerCallback):
 
 
 class Progress(TrainerCallback):
-    """Passes steps and evaluations on to the reporter."""
+    """Passes steps and evaluations on to the reporter.
 
-    def __init__(self, reporter: Reporter) -> None:
+    Args:
+        reporter: told of them.
+        extras: figures of the moment that are shown but not recorded, as no two runs have the same.
+    """
+
+    def __init__(self, reporter: Reporter, extras: Callable[[], dict[str, float]] = dict) -> None:
         self._reporter = reporter
+        self._extras = extras
         self._evaluated = 0
 
     def on_train_begin(
@@ -69,7 +75,7 @@ class Progress(TrainerCallback):
     ) -> None:
         """The figures of a logged step."""
         if logs and "loss" in logs:
-            self._reporter.step(state.global_step, state.max_steps, logs)
+            self._reporter.step(state.global_step, state.max_steps, {**logs, **self._extras()})
 
     def on_prediction_step(
         self,

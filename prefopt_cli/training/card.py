@@ -18,6 +18,14 @@ CITATIONS = {
   year      = {2024},
   note      = {arXiv:2402.05749}
 }""",
+    "soft": """@article{sharifnassab2026soft,
+  title   = {Soft Preference Optimization: Aligning Language Models to Expert Distributions},
+  author  = {Sharifnassab, Arsalan and Salehkaleybar, Saber and Ghiassian, Sina and Kanoria, Surya
+             and Schuurmans, Dale},
+  journal = {Transactions on Machine Learning Research},
+  year    = {2026},
+  note    = {arXiv:2405.00747}
+}""",
 }
 TRL_CITATION = """@software{trl,
   title  = {TRL: Transformers Reinforcement Learning},
@@ -25,7 +33,7 @@ TRL_CITATION = """@software{trl,
   url    = {https://github.com/huggingface/trl}
 }"""
 
-METHOD_NAMES = {"gpo": "Generalized Preference Optimization"}
+METHOD_NAMES = {"gpo": "Generalized Preference Optimization", "soft": "Soft Preference Optimization"}
 
 
 def model_card(recipe: Recipe, recipe_yaml: str, manifest: dict[str, Any]) -> str:

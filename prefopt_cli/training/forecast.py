@@ -1,11 +1,9 @@
 """How a recipe's batches will be laid out, how large they will be and what that saves, without any weights."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow.compute as pc
-from datasets import Dataset
 from torch import nn
 
 from prefopt_cli.recipe.schema import Recipe
@@ -22,7 +20,10 @@ from prefopt_cli.scoring.savings import (
     heaviest_batch,
     predict_savings,
 )
-from prefopt_cli.training.preparation import PARTS, Prepared, extent, training_field
+from prefopt_cli.training.extent import row_lengths
+from prefopt_cli.training.objectives import Objective, precomputes
+from prefopt_cli.training.preparation import Prepared, training_field
+from prefopt_cli.training.reference import longest_sample
 
 FLOAT32_BYTES = 4
 
@@ -35,8 +36,8 @@ class Packing(Savings):
     """The expected layout; training settles it on its first batch, which is scored both ways."""
     reason: str | None
     """Why it will be padded."""
-    cached: bool
-    """Whether the reference's log-probabilities are known before training."""
+    reference: Literal["cached", "every step", "samples", "none"]
+    """When the reference policy scores the data: before training or in every step; else what else it is for."""
     heaviest_tokens: int
     """Positions of the heaviest batch, in the expected layout; the memory estimate is of that one."""
 
@@ -51,7 +52,7 @@ class Forecast:
     """The heaviest batch of an epoch in random order; the tokens themselves are zeros."""
 
 
-def forecast(recipe: Recipe, prepared: Prepared, device: Device) -> Forecast:
+def forecast(recipe: Recipe, objective: Objective, prepared: Prepared, device: Device) -> Forecast:
     """Look ahead.
 
     Raises:
@@ -61,23 +62,23 @@ def forecast(recipe: Recipe, prepared: Prepared, device: Device) -> Forecast:
     model = plain_model(prepared.skeleton)
     reason = padding_reason(recipe, prepared)
     layout = Layout() if reason else packed_layouts(model, device)[0]
-    lengths = pair_lengths(prepared.tokens.train)
+    lengths = row_lengths(prepared.tokens.train)
     batches = draw_batches(lengths, training_field(given, "per_device_train_batch_size"))
-    cached = training_field(given, "precompute_ref_log_probs")
+    reference = reference_use(recipe, objective)
     savings = predict_savings(
         batches,
         model_work(prepared.skeleton, checkpointing=checkpoints_layers(given)),
         packed=not reason,
-        cached=cached,
+        cached=reference != "every step",
         device=device,
         kept=KEPT_BYTES // (FLOAT32_BYTES * _head(model).size(0)) if device == "cpu" else 0,
     )
-    heaviest = [_blank(pair) for pair in heaviest_batch(batches, packed=not reason)]
+    heaviest = [blank(row) for row in heaviest_batch(batches, packed=not reason)]
     packing = Packing(
         **vars(savings),
         packed=not reason,
         reason=reason,
-        cached=cached,
+        reference=reference,
         heaviest_tokens=layout.batch(heaviest, 0)["input_ids"].numel(),
     )
     return Forecast(packing, layout, heaviest)
@@ -94,10 +95,9 @@ def padding_reason(recipe: Recipe, prepared: Prepared) -> str | None:
     if requested == "padded":
         return "the recipe asks for them"
     model = plain_model(prepared.skeleton)
-    sets = [prepared.tokens.train, *prepared.tokens.eval.values()]
     reason = unsuited(
         model,
-        longest=max(extent(rows)[0] for rows in sets),
+        longest=max(prepared.longest, longest_sample(recipe, prepared)),
         router_loss=wants_router_loss(model.config, training_field(given, "router_aux_loss_coef")),
         neftune=training_field(given, "neftune_noise_alpha") is not None,
     )
@@ -105,12 +105,11 @@ def padding_reason(recipe: Recipe, prepared: Prepared) -> str | None:
     return reason
 
 
-def pair_lengths(rows: Dataset) -> np.ndarray:
-    """(P, 3) tokens of prompt, chosen and rejected response of every pair of a tokenised set."""
-    table = rows.with_format("arrow")[:]
-    return np.stack([pc.list_value_length(table[f"{part}_ids"]).to_numpy() for part in PARTS], axis=1).astype(
-        np.int64
-    )
+def reference_use(recipe: Recipe, objective: Objective) -> Literal["cached", "every step", "samples", "none"]:
+    """When and for what the reference policy is run."""
+    if objective.reference != "data":
+        return objective.reference
+    return "cached" if precomputes(recipe, objective) else "every step"
 
 
 def model_work(model: Any, *, checkpointing: bool) -> ModelWork:
@@ -153,6 +152,7 @@ def _head(model: Any) -> Any:
     return model.get_output_embeddings().weight
 
 
-def _blank(pair: np.ndarray) -> Example:
-    prompt, *responses = (np.zeros(length, dtype=np.int64) for length in pair)
-    return Example(prompt, responses)
+def blank(lengths: np.ndarray) -> Example:
+    """An example of these lengths (1 + R,), the prompt's first, 0 for no response; its tokens are zeros."""
+    prompt, *responses = (np.zeros(length, dtype=np.int64) for length in lengths)
+    return Example(prompt, [response for response in responses if len(response)])

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS, ConvexFunction, gpo_loss, log_ratio_margin, slope
 from prefopt_cli.recipe.schema import GPOSettings
-from prefopt_cli.training.trainer import PreferenceTrainer, reward_metrics
+from prefopt_cli.training.batches import Lists
+from prefopt_cli.training.row_metrics import reward_metrics
+from prefopt_cli.training.trainer import PreferenceTrainer
 
 
 class GPOTrainer(PreferenceTrainer):
@@ -52,7 +54,9 @@ class GPOTrainer(PreferenceTrainer):
             rho = log_ratio_margin(chosen, rejected, ref_chosen, ref_rejected, *lengths)
             ones = torch.ones_like(rho)
             metrics = {
-                **reward_metrics(beta * (chosen - ref_chosen), beta * (rejected - ref_rejected)),
+                **reward_metrics(
+                    beta * torch.stack((chosen - ref_chosen, rejected - ref_rejected), 1), Lists.of(inputs)
+                ),
                 "gpo/gradient_weight": (slope(self.function, beta * rho).abs(), ones),
                 "gpo/squared_log_ratio": (rho.square(), ones),
             }

@@ -20,16 +20,21 @@ class FiniteGuard(TrainerCallback):
     All checks of a step cost one wait for the device.
 
     Args:
-        pair_ids: ids of training pairs, given their indices.
+        row_ids: ids of training rows, given their indices.
     """
 
-    def __init__(self, pair_ids: Callable[[list[int]], list[str]]) -> None:
-        self._pair_ids = pair_ids
+    def __init__(self, row_ids: Callable[[list[int]], list[str]]) -> None:
+        self._row_ids = row_ids
         self._seen: list[tuple[Tensor, Tensor]] = []
+        self._samples: list[Tensor] = []
 
-    def watch(self, losses: Tensor, pair_index: Tensor) -> None:
-        """Note the per-pair losses (B,) of a micro-batch and the indices (B,) of its pairs."""
-        self._seen.append((losses.detach(), pair_index))
+    def watch(self, losses: Tensor, row_index: Tensor) -> None:
+        """Note the per-row losses (B,) of a micro-batch and the indices (B,) of its rows."""
+        self._seen.append((losses.detach(), row_index))
+
+    def watch_samples(self, divergences: Tensor) -> None:
+        """Note the divergences (K,) of responses that the policy wrote itself."""
+        self._samples.append(divergences.detach())
 
     def on_pre_optimizer_step(
         self,
@@ -39,22 +44,29 @@ class FiniteGuard(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Raise `NotFiniteError` naming the step and the pairs."""
+        """Raise `NotFiniteError` naming the step and the rows."""
         seen, self._seen = self._seen, []
+        samples, self._samples = self._samples, []
         if not seen or model is None:
             return
         losses = torch.cat([losses for losses, _ in seen])
+        divergences = torch.cat([*samples, losses.new_zeros(1)])
         # With fp16 an overflowing gradient is no accident: the loss scaler skips the step and scales down.
         gradient = torch.zeros(()) if args.fp16 else _gradient_norm(model, losses.device)
-        if bool(torch.isfinite(losses).all() & torch.isfinite(gradient).to(losses.device)):
+        of_rows, of_samples = torch.isfinite(losses), torch.isfinite(divergences)
+        if bool(of_rows.all() & of_samples.all() & torch.isfinite(gradient).to(losses.device)):
             return
+        step = f"step {state.global_step + 1}"
+        if of_rows.all() and not of_samples.all():
+            raise NotFiniteError(
+                f"{step}: the KL to the reference on the policy's own samples is not finite. The step was not taken. "
+                "Look at the run's samples.jsonl; a lower training.learning_rate or method.kl_coef often helps."
+            )
         indices = torch.cat([index for _, index in seen])
-        bad = ~torch.isfinite(losses)
-        what, blamed = ("loss", indices[bad]) if bad.any() else ("gradient", indices)
+        what, blamed = ("gradient", indices) if of_rows.all() else ("loss", indices[~of_rows])
         raise NotFiniteError(
-            f"step {state.global_step + 1}: the {what} is not finite. Pairs: "
-            f"{', '.join(self._pair_ids(blamed.tolist()))}. The step was not taken. Look at these pairs; a lower "
-            "training.learning_rate or training.max_grad_norm, or another method.loss, often helps."
+            f"{step}: the {what} is not finite. Rows: {', '.join(self._row_ids(blamed.tolist()))}. The step was not "
+            "taken. Look at these rows; a lower training.learning_rate or training.max_grad_norm often helps."
         )
 
 

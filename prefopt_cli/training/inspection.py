@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -13,27 +14,45 @@ from prefopt_cli.models.policy import describe_reference
 from prefopt_cli.recipe.schema import LoraAdapter, Recipe
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.arguments import training_arguments
+from prefopt_cli.training.extent import prompt_lengths
 from prefopt_cli.training.forecast import Forecast, Packing, checkpoints_layers, forecast
-from prefopt_cli.training.functions import describe_probe, find_function, require_usable
-from prefopt_cli.training.memory import MemoryEstimate, Precision, Reference, estimate_memory
-from prefopt_cli.training.preparation import Prepared, prepare, training_field
+from prefopt_cli.training.memory import MemoryEstimate, Precision, Reference, Sampling, estimate_memory
+from prefopt_cli.training.objectives import find_objective
+from prefopt_cli.training.preparation import Prepared, prepare, sampling_settings, training_field
 from prefopt_cli.training.reporting import Reporter
 
 Device = Literal["cpu", "cuda"]
-Side = Literal["chosen", "rejected"]
-SIDES: tuple[Side, Side] = ("chosen", "rejected")
+SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
-class MaskedPair:
-    """One side of a pair as the model sees it, token by token."""
+class MaskedResponse:
+    """One response as the model sees it, token by token."""
 
-    pair_id: str
-    side: Side
+    row_id: str
+    side: str
+    """chosen, rejected, or in a list response 1, the best, response 2, ..."""
+    rank: int
+    """0 is best."""
     context: list[str]
     """Tokens that are only read."""
     trained: list[str]
     """Tokens whose log-probability enters the loss."""
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """The policy's own responses during training."""
+
+    prompts: int
+    """Prompts there are to sample from."""
+    per_draw: int
+    """Samples of a draw, in every process."""
+    every: int
+    """Optimizer steps between two draws."""
+    max_new_tokens: int
+    extra_memory: int
+    """Bytes that the KL on these samples adds to the peak, the reference included, at most."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +62,12 @@ class Inspection:
     method: str
     reference: str
     receipt: dict[str, Any]
-    masks: list[MaskedPair]
+    masks: list[MaskedResponse]
     packing: Packing
     memory: MemoryEstimate
+    sampling: SamplingPlan | None
     device: Device
-    pairs_per_step: int
+    rows_per_step: int
     steps: int
     notes: list[str]
 
@@ -73,8 +93,7 @@ def inspect(
     """
     run = RunFolder(Path(recipe.output_dir).expanduser())
     notes = _output_notes(run)
-    loss = recipe.method.loss
-    method = describe_probe(loss, require_usable(loss, find_function(loss, recipe_folder)))
+    objective = find_objective(recipe.method, recipe_folder)
     prepared = prepare(recipe, reporter)
     given = recipe.training
     here: Device = "cuda" if torch.cuda.is_available() and not given.get("use_cpu") else "cpu"
@@ -84,16 +103,19 @@ def inspect(
     per_step = training_field(given, "per_device_train_batch_size") * training_field(
         given, "gradient_accumulation_steps"
     )
-    ahead = forecast(recipe, prepared, device)
+    ahead = forecast(recipe, objective, prepared, device)
+    sampling = _sampling(recipe, prepared)
+    memory = _memory(recipe, prepared, ahead, device, sampling)
     return Inspection(
-        method=method,
+        method=objective.description,
         reference=describe_reference(prepared.source, recipe.adapter),
         receipt=prepared.tokens.receipt.to_dict(),
         masks=_masks(prepared, pairs),
         packing=ahead.packing,
-        memory=_memory(recipe, prepared, ahead, device),
+        memory=memory,
+        sampling=_sampling_plan(recipe, prepared, ahead, device, memory, sampling),
         device=device,
-        pairs_per_step=per_step,
+        rows_per_step=per_step,
         steps=_steps(given, len(prepared.tokens.train), per_step),
         notes=notes,
     )
@@ -109,13 +131,16 @@ def _output_notes(run: RunFolder) -> list[str]:
     return []
 
 
-def _masks(prepared: Prepared, count: int) -> list[MaskedPair]:
+def _masks(prepared: Prepared, count: int) -> list[MaskedResponse]:
     masks = []
     for row in prepared.tokens.train.select(range(min(count, len(prepared.tokens.train)))):
         prompt = row["prompt_ids"]
-        for side in SIDES:
-            pieces = _pieces(prepared.tokenizer, prompt + row[f"{side}_ids"])
-            masks.append(MaskedPair(row["pair_id"], side, pieces[: len(prompt)], pieces[len(prompt) :]))
+        for number, (response, rank) in enumerate(zip(row["response_ids"], row["ranks"], strict=True)):
+            pieces = _pieces(prepared.tokenizer, prompt + response)
+            side = SIDES[number] if len(row["ranks"]) == 2 else f"response {number + 1}"
+            masks.append(
+                MaskedResponse(row["row_id"], side, rank, pieces[: len(prompt)], pieces[len(prompt) :])
+            )
     return masks
 
 
@@ -129,24 +154,60 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     return pieces
 
 
-def _memory(recipe: Recipe, prepared: Prepared, ahead: Forecast, device: Device) -> MemoryEstimate:
+def _sampling(recipe: Recipe, prepared: Prepared) -> Sampling | None:
+    """The heaviest draw: of the longest prompts, every sample running into the limit."""
+    regularizer = sampling_settings(recipe)
+    if regularizer is None or prepared.sampling_prompts is None:
+        return None
+    lengths = np.sort(prompt_lengths(prepared.sampling_prompts))[::-1]
+    return Sampling(
+        tuple(np.resize(lengths[: regularizer.num_prompts], regularizer.num_prompts).tolist()),
+        regularizer.max_new_tokens,
+    )
+
+
+def _sampling_plan(
+    recipe: Recipe,
+    prepared: Prepared,
+    ahead: Forecast,
+    device: Device,
+    memory: MemoryEstimate,
+    sampling: Sampling | None,
+) -> SamplingPlan | None:
+    regularizer = sampling_settings(recipe)
+    if sampling is None or regularizer is None or prepared.sampling_prompts is None:
+        return None
+    without = _memory(recipe, prepared, ahead, device, None)
+    return SamplingPlan(
+        prompts=len(prepared.sampling_prompts),
+        per_draw=regularizer.num_prompts,
+        every=regularizer.sample_every,
+        max_new_tokens=regularizer.max_new_tokens,
+        extra_memory=memory.total - without.total,
+    )
+
+
+def _memory(
+    recipe: Recipe, prepared: Prepared, ahead: Forecast, device: Device, sampling: Sampling | None
+) -> MemoryEstimate:
     """Of the heaviest batch of an epoch in random order: the run's peak is there or thereabouts."""
     given = recipe.training
     return estimate_memory(
         prepared.skeleton,
         ahead.heaviest,
         ahead.layout,
-        reference=_reference_kind(recipe),
+        reference=_reference_kind(recipe, ahead, sampling),
         optimizer=training_field(given, "optim"),
         mixed_precision=_precision(given, device),
         gradient_checkpointing=checkpoints_layers(given),
         gradient_accumulation_steps=training_field(given, "gradient_accumulation_steps"),
         device=device,
+        sampling=sampling,
     )
 
 
-def _reference_kind(recipe: Recipe) -> Reference:
-    if training_field(recipe.training, "precompute_ref_log_probs"):
+def _reference_kind(recipe: Recipe, ahead: Forecast, sampling: Sampling | None) -> Reference:
+    if ahead.packing.reference != "every step" and sampling is None:
         return "none"
     return "adapter_disabled" if isinstance(recipe.adapter, LoraAdapter) else "copy"
 
@@ -157,10 +218,10 @@ def _precision(given: dict[str, Any], device: Device) -> Precision:
     return "bf16" if given.get("bf16", device == "cuda") else "no"
 
 
-def _steps(given: dict[str, Any], pairs: int, per_step: int) -> int:
+def _steps(given: dict[str, Any], rows: int, per_step: int) -> int:
     if training_field(given, "max_steps") > 0:
         return int(given["max_steps"])
-    batches = pairs / training_field(given, "per_device_train_batch_size")
+    batches = rows / training_field(given, "per_device_train_batch_size")
     batches = math.floor(batches) if given.get("dataloader_drop_last") else math.ceil(batches)
     per_epoch = max(math.ceil(batches / training_field(given, "gradient_accumulation_steps")), 1)
     return math.ceil(per_epoch * training_field(given, "num_train_epochs"))

@@ -22,16 +22,27 @@ from prefopt_cli.training.memory_optimizer import (
     optimizer_state_bytes,
     optimizer_step_bytes,
 )
+from prefopt_cli.training.memory_sampling import Sampling, sampling_bytes
 from prefopt_cli.training.memory_stand_ins import Device
 from prefopt_cli.training.memory_step import Precision, Reference, StepShape, trace_step
 
-__all__ = ["Device", "MemoryEstimate", "Precision", "Reference", "estimate_memory", "format_bytes"]
+__all__ = [
+    "Device",
+    "MemoryEstimate",
+    "Precision",
+    "Reference",
+    "Sampling",
+    "estimate_memory",
+    "format_bytes",
+]
 
 ALLOCATOR_SHARE = {"cpu": 0.15, "cuda": 0.0}
 """What the allocator keeps of freed memory, as a share of what is alive. A rule of thumb for glibc, which kept
 7 to 43 % in runs of TRL's trainer; PyTorch's own figures of CUDA memory leave it out."""
 
 ALLOCATOR = "kept by the allocator"
+
+Phase = Literal["forward and backward", "optimizer step", "sampling"]
 
 _ORDER = (
     "weights",
@@ -54,7 +65,7 @@ class MemoryEstimate:
     """Numbers in the policy, tied weights counted once, adapter included."""
     trainable_parameters: int
     """Those that are trained."""
-    phase: Literal["forward and backward", "optimizer step"]
+    phase: Phase
     """When the peak is."""
     method: Literal["traced", "formula"]
     """traced: every allocation of a step was followed; formula: only a rule of thumb for the activations."""
@@ -83,6 +94,7 @@ def estimate_memory(
     gradient_checkpointing: bool = False,
     gradient_accumulation_steps: int = 1,
     device: Device = "cpu",
+    sampling: Sampling | None = None,
 ) -> MemoryEstimate:
     """Estimate the peak memory of one process.
 
@@ -98,6 +110,8 @@ def estimate_memory(
         gradient_checkpointing: recompute each layer in backward.
         gradient_accumulation_steps: with more than one, gradients are there during forward too.
         device: cpu or cuda.
+        sampling: the policy's own responses, for the KL to the reference; `reference` then says where that lives,
+            and it does not see the batch.
 
     Raises:
         UserError: a batch without pairs, or an adapter's reference for a model without an adapter.
@@ -114,13 +128,14 @@ def estimate_memory(
         gradient_checkpointing=gradient_checkpointing,
         accumulates=gradient_accumulation_steps > 1,
         device=device,
+        samples=sampling.examples(gradient_accumulation_steps) if sampling else (),
     )
     method, step, notes = _step_parts(model, shape)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     states = optimizer_state_bytes(optimizer, trainable)
     if not is_known_optimizer(optimizer):
         notes += (f"The states of optim={optimizer} are not known; those of AdamW are assumed.",)
-    phases: dict[Literal["forward and backward", "optimizer step"], dict[str, int]] = {
+    phases: dict[Phase, dict[str, int]] = {
         "forward and backward": {**step, "optimizer": states},
         "optimizer step": {
             **_resident(model, reference),
@@ -129,6 +144,12 @@ def estimate_memory(
             "optimizer temporaries": optimizer_step_bytes(optimizer, trainable, device),
         },
     }
+    if sampling:
+        phases["sampling"] = {
+            **_resident(model, reference),
+            "optimizer": states,
+            **sampling_bytes(model, sampling, mixed_precision),
+        }
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     kept = round(ALLOCATOR_SHARE[device] * sum(phases[phase].values()))
     return MemoryEstimate(

@@ -46,18 +46,19 @@ class _Table:
         return self._calls
 
 
-def pieces_of(calls: Tensor) -> str:
-    """Register attention in these pieces, whatever table the model hands down; returns its name.
+def pieces_of(*batches: Tensor) -> str:
+    """Register attention in the pieces of these batches, whatever table the model hands down; returns its name.
 
     Args:
-        calls: (C, 4) with data, see `prefopt_cli.scoring.packing.Packed`. Replaces those of an earlier call.
+        *batches: (C, 4) tables of calls with data, see `prefopt_cli.scoring.packing.Packed`. They replace those of
+            an earlier call. Batches are told apart by their tokens.
     """
-    table: Any = _Table(calls.tolist())
+    tables: dict[int, Any] = {int(calls[:, 1].sum()): _Table(calls.tolist()) for calls in batches}
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        return attention_in_pieces(module, query, key, value, table, **kwargs)
+        return attention_in_pieces(module, query, key, value, tables[query.size(2)], **kwargs)
 
     AttentionInterface.register(TRACED_PIECES, attention)
     AttentionMaskInterface.register(TRACED_PIECES, sdpa_mask)
@@ -78,19 +79,16 @@ AttentionInterface.register(TRACED_ROW, causal_row)
 
 @contextmanager
 def head_stand_ins(device: Device, log: AllocationLog) -> Iterator[None]:
-    """Let the head of `prefopt_cli.scoring.head` run without data, and tell the log when it does."""
-    real = {name: getattr(head, name) for name in ("token_scores", "_is_first_maximum")}
-    scores = _triton_scores if device == "cuda" else real["token_scores"]
+    """Let the head of `prefopt_cli.scoring.head` run without data, and tell the log when it does.
 
-    def logged(hidden: Tensor, *arguments: Any, **options: Any) -> TokenScores:
-        if hidden.requires_grad:
-            hidden.register_hook(_leaving_head(log))
-        part, log.part = log.part, "LM head"
-        result: TokenScores = scores(hidden, *arguments, **options)
-        log.part = part
-        return result
-
-    replacements = {"token_scores": logged, "_is_first_maximum": _is_maximum}
+    The divergence from a reference needs no data, and is the same function on every device.
+    """
+    real = {name: getattr(head, name) for name in ("token_scores", "token_divergence", "_is_first_maximum")}
+    replacements = {
+        "token_scores": _logged(_triton_scores if device == "cuda" else real["token_scores"], log),
+        "token_divergence": _logged(real["token_divergence"], log),
+        "_is_first_maximum": _is_maximum,
+    }
     try:
         for name, function in replacements.items():
             setattr(head, name, function)
@@ -98,6 +96,20 @@ def head_stand_ins(device: Device, log: AllocationLog) -> Iterator[None]:
     finally:
         for name, function in real.items():
             setattr(head, name, function)
+
+
+def _logged(function: Callable[..., Any], log: AllocationLog) -> Callable[..., Any]:
+    """A function of the head whose allocations, forward and backward, belong to the head."""
+
+    def logged(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
+        if hidden.requires_grad:
+            hidden.register_hook(_leaving_head(log))
+        part, log.part = log.part, "LM head"
+        result = function(hidden, *arguments, **options)
+        log.part = part
+        return result
+
+    return logged
 
 
 def _is_maximum(logits: Tensor, target: Tensor, wanted: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prefopt_cli.scoring.attention import BLOCK
-from prefopt_cli.scoring.forward import plain_model, score_responses
+from prefopt_cli.scoring.forward import plain_model, score_responses, score_samples
+from prefopt_cli.scoring.head import HeadStates
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
 from prefopt_cli.training.memory_log import AllocationLog
@@ -45,6 +46,9 @@ class StepShape:
     accumulates: bool
     """Whether gradients of an earlier micro-batch are there already."""
     device: Device
+    samples: Sequence[Example] = ()
+    """Responses of the policy itself that go through it after the batch, for the KL to the reference, whose states
+    are known by then; the reference does not see the batch."""
 
     @property
     def traced_layout(self) -> Layout:
@@ -53,8 +57,15 @@ class StepShape:
 
     def batch(self) -> dict[str, Tensor]:
         """The batch as the model gets it."""
+        return self._laid_out(self.examples)
+
+    def sample_batch(self) -> dict[str, Tensor]:
+        """The same of the samples; empty without any."""
+        return self._laid_out(self.samples) if self.samples else {}
+
+    def _laid_out(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         multiple = BLOCK if self.layout.way == "blocks" else None
-        return self.traced_layout.batch(self.examples, 0, multiple)
+        return self.traced_layout.batch(examples, 0, multiple)
 
 
 def trace_step(model: nn.Module, shape: StepShape) -> dict[str, int]:
@@ -67,15 +78,15 @@ def trace_step(model: nn.Module, shape: StepShape) -> dict[str, int]:
             their values.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    batch = shape.batch()
+    batch, samples = shape.batch(), shape.sample_batch()
     policy = _fake_copy(model, mode)
-    _prepare(policy, shape, batch)
+    _prepare(policy, shape, batch, samples)
     frozen = _fake_copy(model, mode) if shape.reference == "copy" else None
     if frozen is not None:
-        _set_attention(frozen, shape, batch)
+        _set_attention(frozen, shape, batch, samples)
         frozen.eval()
     log = AllocationLog()
-    batch = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+    batch, samples = (_fakes(each, mode) for each in (batch, samples))
     with warnings.catch_warnings(), mode, head_stand_ins(shape.device, log), log:
         warnings.simplefilter("ignore")
         log.own([*policy.parameters(), *policy.buffers()], "weights")
@@ -84,7 +95,11 @@ def trace_step(model: nn.Module, shape: StepShape) -> dict[str, int]:
         if shape.accumulates:
             for parameter in _trainable(policy):
                 parameter.grad = torch.zeros_like(parameter)
-        loss = _loss(policy, frozen, batch, shape, log)
+        if samples:
+            loss = _score(policy, batch, shape).mean()
+            loss = loss + _divergence(policy, frozen or policy, samples, shape, log)
+        else:
+            loss = _loss(policy, frozen, batch, shape, log)
         _backward(loss, log)
         log.assign([p.grad for p in _trainable(policy) if p.grad is not None], "gradients")
     return log.peak()
@@ -106,13 +121,17 @@ def _fake_copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _prepare(policy: Any, shape: StepShape, batch: Mapping[str, Tensor]) -> None:
+def _fakes(batch: Mapping[str, Tensor], mode: FakeTensorMode) -> dict[str, Tensor]:
+    return {name: mode.from_tensor(tensor) for name, tensor in batch.items()}
+
+
+def _prepare(policy: Any, shape: StepShape, *batches: Mapping[str, Tensor]) -> None:
     """As the trainer prepares it: training mode, no dropout, checkpointing as asked."""
     policy.train()
     for module in policy.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    _set_attention(policy, shape, batch)
+    _set_attention(policy, shape, *batches)
     if shape.gradient_checkpointing:
         # The state of the random generator is data, which fake tensors lack.
         with warnings.catch_warnings():
@@ -122,7 +141,7 @@ def _prepare(policy: Any, shape: StepShape, batch: Mapping[str, Tensor]) -> None
             policy.enable_input_require_grads()
 
 
-def _set_attention(model: Any, shape: StepShape, batch: Mapping[str, Tensor]) -> None:
+def _set_attention(model: Any, shape: StepShape, *batches: Mapping[str, Tensor]) -> None:
     plain = plain_model(model)
     if str(getattr(plain.config, "_attn_implementation", None)).startswith(("flash", "kernels")):
         # These kernels need a GPU; sdpa never stores the score matrix either.
@@ -131,7 +150,7 @@ def _set_attention(model: Any, shape: StepShape, batch: Mapping[str, Tensor]) ->
     if shape.layout.way == "blocks":
         plain.set_attn_implementation(TRACED_ROW)
     elif shape.layout.way == "pieces":
-        plain.set_attn_implementation(pieces_of(batch["calls"]))
+        plain.set_attn_implementation(pieces_of(*(batch["calls"] for batch in batches if batch)))
 
 
 def _loss(
@@ -146,6 +165,24 @@ def _loss(
         log.part = "activations"
         scores = scores - reference_scores
     return scores.mean()
+
+
+def _divergence(
+    policy: Any, reference: Any, samples: Mapping[str, Tensor], shape: StepShape, log: AllocationLog
+) -> Tensor:
+    """The KL on the policy's samples, with the reference's states, which are kept from draw to draw."""
+    log.part = "reference states"
+    head = plain_model(reference).get_output_embeddings()
+    places = samples["predicting"].numel()
+    hidden = torch.empty(places, head.weight.size(1), dtype=_low(shape) or head.weight.dtype)
+    log.part = "activations of samples"
+    with _autocast(shape):
+        states = HeadStates(hidden, head.weight.detach(), head.bias)
+        return score_samples(policy, samples, shape.traced_layout, states).kl.sum()
+
+
+def _low(shape: StepShape) -> torch.dtype | None:
+    return _LOW_PRECISION.get(shape.mixed_precision)
 
 
 def _reference_scores(policy: Any, frozen: Any, batch: Mapping[str, Tensor], shape: StepShape) -> Tensor:

@@ -1,9 +1,8 @@
 """What training and checking do first: find the policy, read the data, tokenise it, see that they fit."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import pyarrow.compute as pc
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,11 +12,11 @@ from prefopt_cli import data
 from prefopt_cli.errors import UserError
 from prefopt_cli.models import loading
 from prefopt_cli.models.policy import PolicySource, find_policy
-from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.recipe.schema import TAKE_LISTS, Recipe, Regularizer, SoftSettings, Source
 from prefopt_cli.recipe.training_fields import OWN_FIELDS
+from prefopt_cli.training.extent import largest_id, longest_row, row_lengths
 from prefopt_cli.training.reporting import Reporter
-
-PARTS = ("prompt", "chosen", "rejected")
+from prefopt_cli.training.sampling_prompts import sampling_prompts
 
 
 @dataclass(frozen=True)
@@ -30,6 +29,13 @@ class Prepared:
     """The policy as it will be trained, on the meta device."""
     tokenizer: PreTrainedTokenizerBase
     tokens: data.TokenizedData
+    sampling_prompts: Dataset | None = None
+    """Columns `row_id` and `prompt_ids`: what the policy is asked during training, where the method samples it."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt + response of all sets."""
+        return max(longest_row(rows) for rows in (self.tokens.train, *self.tokens.eval.values()))
 
 
 def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
@@ -44,14 +50,53 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     config = loading.load_config(source, recipe.model)
     skeleton = loading.on_meta_device(source, recipe.model, recipe.adapter)
     tokenizer = loading.load_tokenizer(source, recipe.model)
-    text = data.load(recipe.dataset, progress=reporter.progress)
-    tokens = data.tokenize(text, tokenizer, recipe.dataset, progress=reporter.progress)
+    text = data.load(recipe.dataset, progress=reporter.progress, prompts=own_prompts(recipe))
+    tokens = data.tokenize(
+        text, tokenizer, recipe.dataset, progress=reporter.progress, lists=list_handling(recipe)
+    )
     reporter.receipt(tokens.receipt.to_dict())
     if not len(tokens.train):
         raise UserError("dataset.train: no row is left to train on; the receipt says where they went.")
     require_fit(config, tokens)
     require_a_batch(recipe, len(tokens.train))
-    return Prepared(source, config, skeleton, tokenizer, tokens)
+    require_pairs_for_weights(recipe, tokens.train)
+    prompts = None
+    if (regularizer := sampling_settings(recipe)) is not None:
+        prompts = sampling_prompts(regularizer, config, tokens, reporter)
+    return Prepared(source, config, skeleton, tokenizer, tokens, prompts)
+
+
+def sampling_settings(recipe: Recipe) -> Regularizer | None:
+    """How the policy is sampled during training; None where the method does without."""
+    method = recipe.method
+    return method.regularizer if isinstance(method, SoftSettings) and method.samples else None
+
+
+def own_prompts(recipe: Recipe) -> list[Source] | None:
+    """Sources of prompts that are only sampled from, where the recipe names any."""
+    regularizer = sampling_settings(recipe)
+    return regularizer.prompts if regularizer else None
+
+
+def list_handling(recipe: Recipe) -> Literal["whole", "all_pairs", "adjacent_pairs"]:
+    """What becomes of rows with several responses: the recipe's wish, or what its method takes."""
+    if recipe.dataset.lists != "auto":
+        return recipe.dataset.lists
+    return "whole" if recipe.method.name in TAKE_LISTS else "all_pairs"
+
+
+def require_pairs_for_weights(recipe: Recipe, train: Dataset) -> None:
+    """Refuse to weight lists, for which mu is not defined.
+
+    Raises:
+        UserError: the recipe asks for mu, and a row has more than two responses.
+    """
+    weighted = isinstance(recipe.method, SoftSettings) and recipe.method.mu != "none"
+    if weighted and (widest := row_lengths(train).shape[1] - 1) > 2:
+        raise UserError(
+            f"method.mu: weights are defined for pairs, and the data has lists of up to {widest} responses. Set "
+            "dataset.lists: all_pairs (or adjacent_pairs), or mu: none."
+        )
 
 
 def require_fit(config: Any, tokens: data.TokenizedData) -> None:
@@ -64,15 +109,15 @@ def require_fit(config: Any, tokens: data.TokenizedData) -> None:
     context = getattr(text_config, "max_position_embeddings", None)
     vocabulary = getattr(text_config, "vocab_size", None)
     for name, rows in {"train": tokens.train, **tokens.eval}.items():
-        longest, largest_id = extent(rows)
+        longest, largest = longest_row(rows), largest_id(rows)
         if context is not None and longest > context:
             raise UserError(
                 f"dataset ({name}): the longest row has {longest} tokens, but the model's context holds {context}. "
                 f"Set dataset.max_length: {context} (or less)."
             )
-        if vocabulary is not None and largest_id >= vocabulary:
+        if vocabulary is not None and largest >= vocabulary:
             raise UserError(
-                f"dataset ({name}): the tokenizer gives the token id {largest_id}, but the model's vocabulary has "
+                f"dataset ({name}): the tokenizer gives the token id {largest}, but the model's vocabulary has "
                 f"{vocabulary} entries: they do not belong together. Check model.name_or_path."
             )
 
@@ -86,7 +131,7 @@ def require_a_batch(recipe: Recipe, pairs: int) -> None:
     batch = training_field(recipe.training, "per_device_train_batch_size")
     if recipe.training.get("dataloader_drop_last") and pairs < batch:
         raise UserError(
-            f"training.dataloader_drop_last: the {pairs} training pairs do not fill one batch of {batch}, so none "
+            f"training.dataloader_drop_last: the {pairs} training rows do not fill one batch of {batch}, so none "
             "would be left. Set it to false, or per_device_train_batch_size lower."
         )
 
@@ -97,14 +142,3 @@ def training_field(given: dict[str, Any], name: str) -> Any:
         return given[name]
     own = {field.name: field.default for field in OWN_FIELDS}
     return own[name] if name in own else DPOConfig.__dataclass_fields__[name].default
-
-
-def extent(rows: Dataset) -> tuple[int, int]:
-    """Tokens of the longest prompt + response of a tokenised set, and its largest token id."""
-    longest = largest_id = 0
-    for table in rows.with_format("arrow").iter(batch_size=10_000):
-        prompt, chosen, rejected = (pc.list_value_length(table[f"{part}_ids"]) for part in PARTS)
-        longest = max(longest, pc.max(pc.add(prompt, pc.max_element_wise(chosen, rejected))).as_py())
-        ids = [pc.max(pc.list_flatten(table[f"{part}_ids"])).as_py() for part in PARTS]
-        largest_id = max(largest_id, *(found for found in ids if found is not None))
-    return longest, largest_id

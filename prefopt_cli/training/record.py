@@ -20,14 +20,14 @@ def now() -> str:
 
 
 def first_manifest(
-    recipe: Recipe, prepared: Prepared, *, f: dict[str, Any], recipe_folder: Path, processes: int
+    recipe: Recipe, prepared: Prepared, *, figures: dict[str, Any], recipe_folder: Path, processes: int
 ) -> dict[str, Any]:
     """The manifest of a run that is about to start.
 
     Args:
         recipe: the resolved recipe.
         prepared: policy and data.
-        f: figures of the method's function, as probed.
+        figures: what was found out about the method; see `prefopt_cli.training.objectives`.
         recipe_folder: where the recipe lies; a user's own f is looked for there again on resume.
         processes: how many train together.
     """
@@ -43,7 +43,7 @@ def first_manifest(
         "processes": processes,
         "seeds": {"training": recipe.training.get("seed", 42), "dataset": recipe.dataset.seed},
         "lineage": _lineage(recipe, prepared),
-        "method": {**recipe.method.model_dump(), "f": f},
+        "method": {**recipe.method.model_dump(), **figures},
         "data": prepared.tokens.fingerprints,
         "receipt": prepared.tokens.receipt.to_dict(),
     }

@@ -17,12 +17,13 @@ from prefopt_cli.data import TokenizedData
 from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.scoring.cache import Policy, ScoreCache
-from prefopt_cli.scoring.choice import Requested, choose_layout, scores_depend_on_batch, wants_router_loss
+from prefopt_cli.scoring.choice import choose_layout, scores_depend_on_batch, wants_router_loss
 from prefopt_cli.scoring.frozen import FrozenScores, score_frozen
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.policy_digest import policy_digest
 from prefopt_cli.training.batches import examples_of
-from prefopt_cli.training.preparation import Prepared, extent, training_field
+from prefopt_cli.training.extent import prompt_lengths
+from prefopt_cli.training.preparation import Prepared, sampling_settings, training_field
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.trainer import REFERENCE_COLUMNS
 
@@ -32,16 +33,16 @@ SCORES_VERSION = "1"
 TASK = "scoring with the reference policy"
 
 
-def layout_for(model: Any, prepared: Prepared, args: DPOConfig, requested: Requested) -> Layout:
+def layout_for(model: Any, recipe: Recipe, prepared: Prepared, args: DPOConfig) -> Layout:
     """The layout of a run's batches, tried on its first pairs.
 
     Raises:
         UserError: the recipe insists on packing, and the model cannot be packed.
     """
-    train = prepared.tokens.train
+    train, requested = prepared.tokens.train, training_field(recipe.training, "attention_layout")
     first = train.select(range(min(args.train_batch_size, len(train))))
     options: dict[str, Any] = {
-        "longest": longest(prepared.tokens),
+        "longest": max(prepared.longest, longest_sample(recipe, prepared)),
         "autocast": precision(args),
         "router_loss": wants_router_loss(model.config, args.router_aux_loss_coef),
         "neftune": args.neftune_noise_alpha is not None,
@@ -53,13 +54,15 @@ def layout_for(model: Any, prepared: Prepared, args: DPOConfig, requested: Reque
     return layout
 
 
-def longest(tokens: TokenizedData) -> int:
-    """Tokens of the longest prompt + response of all sets."""
-    return max(extent(rows)[0] for rows in (tokens.train, *tokens.eval.values()))
+def longest_sample(recipe: Recipe, prepared: Prepared) -> int:
+    """Tokens of the longest prompt + response that the policy may write during training; 0 where it writes none."""
+    regularizer = sampling_settings(recipe)
+    if prepared.sampling_prompts is None or regularizer is None:
+        return 0
+    return int(prompt_lengths(prepared.sampling_prompts).max()) + regularizer.max_new_tokens
 
 
 def with_reference(
-    recipe: Recipe,
     prepared: Prepared,
     model: Any,
     args: DPOConfig,
@@ -67,6 +70,8 @@ def with_reference(
     reporter: Reporter,
     stopping: Callable[[], bool],
     run: RunFolder,
+    *,
+    precomputes: bool,
 ) -> Prepared:
     """The data as training needs it: with `REFERENCE_COLUMNS`, unless every step is to compute them.
 
@@ -77,9 +82,9 @@ def with_reference(
     """
     if not evaluates(args):
         prepared = replace(prepared, tokens=replace(prepared.tokens, eval={}))
-    if not training_field(recipe.training, "precompute_ref_log_probs"):
+    if not precomputes:
         return prepared
-    if scores_depend_on_batch(model.config, longest(prepared.tokens)):
+    if scores_depend_on_batch(model.config, prepared.longest):
         reporter.message(
             "The reference policy runs in every step: with its kind of rotary embeddings a score depends on the "
             "longest sequence of the batch."

@@ -72,7 +72,7 @@ def require_same_start(run: RunFolder, manifest: dict[str, Any]) -> None:
             f"The policy {manifest['lineage']['policy']} has changed since {where} from it, and with it the "
             f"reference. {remedy}"
         )
-    if manifest["method"]["f"] != before["method"]["f"]:
+    if manifest["method"].get("f") != before["method"].get("f"):
         raise UserError(f"The function {manifest['method']['loss']} has changed since {where}. {remedy}")
     if manifest["processes"] != before["processes"]:
         raise UserError(

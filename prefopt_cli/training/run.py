@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,6 @@ from transformers import TrainerState
 from trl import DPOConfig
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.losses.gpo import ConvexFunction
 from prefopt_cli.models import loading
 from prefopt_cli.models.policy import PolicySource, describe_reference
 from prefopt_cli.recipe import dump_recipe
@@ -24,9 +23,8 @@ from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.card import model_card
 from prefopt_cli.training.export import export_policy
 from prefopt_cli.training.failures import explained
-from prefopt_cli.training.functions import describe_probe, find_function, require_usable
-from prefopt_cli.training.gpo import GPOTrainer
-from prefopt_cli.training.preparation import Prepared, prepare, training_field
+from prefopt_cli.training.objectives import Objective, find_objective, precomputes
+from prefopt_cli.training.preparation import Prepared, own_prompts, prepare
 from prefopt_cli.training.record import first_manifest, now
 from prefopt_cli.training.reference import ScoringStopped, layout_for, with_reference
 from prefopt_cli.training.reporting import Reporter
@@ -84,22 +82,26 @@ def train(
         recipe_folder = Path(before["recipe_folder"])
     else:
         run.require_free(overwrite=overwrite)
-    function, figures = _method_function(recipe, recipe_folder, reporter)
+    objective = find_objective(recipe.method, recipe_folder)
+    reporter.message(f"Method: {objective.description}.")
     prepared = prepare(recipe, reporter)
     _require_elsewhere(run, recipe, prepared.source)
     args = training_arguments(recipe, run, evaluates=bool(prepared.tokens.eval))
     manifest = first_manifest(
-        recipe, prepared, f=figures, recipe_folder=recipe_folder, processes=args.world_size
+        recipe,
+        prepared,
+        figures=objective.figures,
+        recipe_folder=recipe_folder,
+        processes=args.world_size,
     )
     if resume:
         require_same_start(run, manifest)
         manifest = {**run.read_manifest(), "versions": manifest["versions"]}
     model = loading.load_model(prepared.source, recipe.model, recipe.adapter)
-    reference = describe_reference(prepared.source, recipe.adapter)
-    reporter.message(f"Reference policy: {reference}.")
+    if objective.reference != "none":
+        reporter.message(f"Reference policy: {describe_reference(prepared.source, recipe.adapter)}.")
     with explained(run):
-        requested = training_field(recipe.training, "attention_layout")
-        layout = layout_for(model.to(args.device), prepared, args, requested)
+        layout = layout_for(model.to(args.device), recipe, prepared, args)
     reporter.message(layout.note)
     main_process = args.process_index == 0
     opened = (
@@ -109,12 +111,21 @@ def train(
     with explained(run), opened, callbacks.stopping_gently() as stop:
         try:
             prepared = with_reference(
-                recipe, prepared, model, args, layout, reporter, lambda: stop.received is not None, run
+                prepared,
+                model,
+                args,
+                layout,
+                reporter,
+                lambda: stop.received is not None,
+                run,
+                precomputes=precomputes(recipe, objective),
             )
         except ScoringStopped:
             outcome = Outcome(run, "interrupted", step=0, total_steps=0, signal=stop.received)
         else:
-            trainer = build_trainer(recipe, prepared, model, args, function, card, layout)
+            trainer = build_trainer(
+                recipe, prepared, model, args, objective, card, layout, samples_file=run.samples
+            )
             outcome = _run_trainer(trainer, run, reporter, stop, resume=resume)
             if outcome.status == "finished":
                 export_policy(trainer, prepared.tokenizer, run, card)
@@ -136,7 +147,7 @@ def _run_trainer(
     keep, trainer.args.save_total_limit = trainer.args.save_total_limit, None
     for callback in (
         callbacks.MetricsFile(run),
-        callbacks.Progress(reporter),
+        callbacks.Progress(reporter, trainer.passing_figures),
         callbacks.Stopping(stop),
         callbacks.CheckpointMark(run, keep, trainer.progress_state),
     ):
@@ -150,18 +161,25 @@ def build_trainer(
     prepared: Prepared,
     model: Any,
     args: DPOConfig,
-    function: ConvexFunction,
+    objective: Objective,
     card: str,
     layout: Layout | None = None,
+    samples_file: Path | None = None,
 ) -> PreferenceTrainer:
-    """The method's trainer, with a reference policy where the data has no scores of it; it may choose the layout."""
+    """The method's trainer, with a reference policy where one is asked while training; it may choose the layout."""
     scored = set(REFERENCE_COLUMNS) <= set(prepared.tokens.train.column_names)
-    return GPOTrainer(
-        settings=recipe.method,
-        function=function,
+    # An adapter needs no second model: the reference is the model without it, or with a frozen copy of it.
+    copies = not (scored or objective.reference == "none" or isinstance(recipe.adapter, LoraAdapter))
+    sampling: dict[str, Any] = {}
+    if objective.reference == "samples":
+        sampling = {
+            "sampling_prompts": prepared.sampling_prompts,
+            "stop_ids": prepared.tokens.stop_ids,
+            "samples_file": samples_file,
+        }
+    return objective.make_trainer(
         model=model,
-        # An adapter needs no second model: the reference is the model without it, or with a frozen copy of it.
-        ref_model=None if scored or isinstance(recipe.adapter, LoraAdapter) else copy.deepcopy(model),
+        ref_model=copy.deepcopy(model) if copies else None,
         args=args,
         train_dataset=prepared.tokens.train,
         eval_dataset=prepared.tokens.eval,
@@ -169,6 +187,7 @@ def build_trainer(
         peft_config=loading.new_adapter(prepared.source, recipe.adapter),
         card=card,
         layout=layout,
+        **sampling,
     )
 
 
@@ -188,7 +207,7 @@ def _train(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Path | None) 
 
 def _require_elsewhere(run: RunFolder, recipe: Recipe, source: PolicySource) -> None:
     """Refuse to write over what the run reads."""
-    sets = [recipe.dataset.train, *recipe.dataset.eval.values()]
+    sets = [recipe.dataset.train, *recipe.dataset.eval.values(), own_prompts(recipe) or []]
     read = [source.weights, source.adapter, recipe.model.chat_template]
     read += [each.source for sources in sets for each in sources]
     # A hub id or a scheme's name is no place here, whatever folder it would resolve to.
@@ -197,18 +216,6 @@ def _require_elsewhere(run: RunFolder, recipe: Recipe, source: PolicySource) -> 
             raise UserError(
                 f"output_dir {run.path} holds {place}, which the run reads. Choose another output_dir."
             )
-
-
-def _method_function(
-    recipe: Recipe, folder: Path, reporter: Reporter
-) -> tuple[ConvexFunction, dict[str, Any]]:
-    loss = recipe.method.loss
-    function = find_function(loss, folder)
-    found = require_usable(loss, function)
-    reporter.message(describe_probe(loss, found))
-    figures = asdict(found)
-    del figures["problems"]  # there are none, or it would not be usable
-    return function, figures
 
 
 @contextmanager
@@ -244,7 +251,7 @@ def _record(run: RunFolder, outcome: Outcome) -> None:
 
 
 def _checkpoint(run: RunFolder, trainer: PreferenceTrainer, reporter: Reporter) -> Path | None:
-    """The checkpoint to go on from, with metrics.jsonl wound back to it."""
+    """The checkpoint to go on from, with what was logged since wound back to it."""
     checkpoint = run.last_checkpoint()
     if checkpoint is None:
         reporter.message("The run has no complete checkpoint yet: it starts over from step 0.")
@@ -252,7 +259,9 @@ def _checkpoint(run: RunFolder, trainer: PreferenceTrainer, reporter: Reporter) 
         restore_progress(trainer, checkpoint)
         reporter.message(f"Resuming from {checkpoint}.")
     if trainer.is_world_process_zero():
-        metrics.rewind(run.metrics, int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else -1)
+        step = int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else -1
+        for file in (run.metrics, run.samples):
+            metrics.rewind(file, step)
     return checkpoint
 
 

@@ -1,4 +1,4 @@
-"""What all methods share: a `DPOTrainer` that takes tokenised pairs, packs them and reports exactly.
+"""What all methods share: a `DPOTrainer` that takes tokenised comparisons, packs them and reports exactly.
 
 TRL's internals are touched in three places, guarded by `tests/invariants/test_trl_contract.py`:
 `_prepare_dataset` here (the data is tokenised already), its head kernel in `prefopt_cli.scoring.head`, and its
@@ -6,8 +6,8 @@ fused head for experts' losses in `prefopt_cli.scoring.forward`. Besides, `prefo
 reads the source of its settings.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from prefopt_cli.scoring.choice import choose_layout
 from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_responses
 from prefopt_cli.scoring.head import add_response_head
 from prefopt_cli.scoring.layout import Layout
-from prefopt_cli.training.batches import PairCollator, examples_of
+from prefopt_cli.training.batches import ComparisonCollator, Lists, examples_of
+from prefopt_cli.training.extent import longest_row
 from prefopt_cli.training.guard import FiniteGuard
 from prefopt_cli.training.metrics import EvalMeans, TrainMeans
-from prefopt_cli.training.preparation import extent
+from prefopt_cli.training.row_metrics import RowMetrics, policy_metrics
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns of a dataset whose reference log-probabilities are known already."""
@@ -38,26 +39,24 @@ TRAINED_ADAPTER = "default"
 RUN_SUMMARY = "train_runtime"
 """The record that the library logs once, when training ends, holds this figure."""
 
-PairMetrics = dict[str, tuple[Tensor, Tensor]]
-"""Name -> per-pair totals (B,) and the counts (B,) they are over."""
-
 
 class PreferenceTrainer(DPOTrainer):
     """Base of the methods' trainers; a subclass overrides `compute_loss`.
 
     Args:
         model: the policy.
-        ref_model: the frozen reference policy, for a reference pass in every step. None when the datasets have
+        ref_model: a frozen copy of the policy to serve as the reference. None when the datasets have
             `REFERENCE_COLUMNS`, or when the model carries an adapter, and the reference is the model without it
             (or with the copy of it that TRL keeps, if it was trained before).
         args: training arguments.
-        train_dataset, eval_dataset: columns `pair_id`, `prompt_ids`, `chosen_ids`, `rejected_ids`, and the
+        train_dataset, eval_dataset: columns `row_id`, `prompt_ids`, `response_ids`, `ranks`, and for pairs the
             `REFERENCE_COLUMNS` where they are known.
         processing_class: the tokenizer, for its padding token and for checkpoints.
         peft_config: a new adapter to be added to the model.
         callbacks: more callbacks.
         card: the model card that lies beside the checkpoints.
         layout: how batches are laid out; None chooses (see `prefopt_cli.scoring.choice`).
+        needs_reference: whether the reference policy is run while training, where its scores are not known.
     """
 
     def __init__(
@@ -73,8 +72,9 @@ class PreferenceTrainer(DPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         card: str = "",
         layout: Layout | None = None,
+        needs_reference: bool = True,
     ) -> None:
-        self.guard = FiniteGuard(lambda indices: [train_dataset[i]["pair_id"] for i in indices])
+        self.guard = FiniteGuard(lambda indices: [train_dataset[i]["row_id"] for i in indices])
         self._tokens: Tensor | int = 0
         self._card = card
         self._train_means = TrainMeans()
@@ -83,15 +83,16 @@ class PreferenceTrainer(DPOTrainer):
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         scored = _are_scored([train_dataset, *eval_dataset.values()])
-        if scored:  # nothing is left for TRL to precompute, and no reference model has to be in memory
+        absent = scored or not needs_reference
+        if absent:  # nothing is left for TRL to precompute, and no reference model has to be in memory
             args.precompute_ref_log_probs = False
         for each in (model, ref_model):  # before the trainer wraps them in its precision
             if each is not None:
                 add_response_head(plain_model(each))
-        collator = PairCollator(Layout(), processing_class.pad_token_id, args.pad_to_multiple_of)
+        collator = ComparisonCollator(Layout(), processing_class.pad_token_id, args.pad_to_multiple_of)
         super().__init__(
             model=model,
-            ref_model=_Absent(model.config) if scored else ref_model,
+            ref_model=_Absent(model.config) if absent else ref_model,
             args=args,
             data_collator=collator,
             train_dataset=_numbered(train_dataset),
@@ -102,7 +103,7 @@ class PreferenceTrainer(DPOTrainer):
         )
         self.remove_callback(PrinterCallback)
         _restore_adapter_dropout(self.model)
-        if scored:
+        if absent:
             self.ref_model = None
         self.layout = layout or self._choose_layout()
         collator.layout = self.layout
@@ -120,58 +121,81 @@ class PreferenceTrainer(DPOTrainer):
         return choose_layout(
             self.model,
             examples_of(first),
-            longest=max(extent(rows)[0] for rows in sets),
+            longest=max(longest_row(rows) for rows in sets),
             autocast=self.accelerator.autocast,
             router_loss=self.aux_loss_enabled,
             neftune=self.args.neftune_noise_alpha is not None,
         )
 
-    def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Reference log-probabilities (B,) of the chosen and the rejected responses.
-
-        Args:
-            model: the reference model, or the policy with the adapter that is to be switched off.
-            inputs: a batch of this trainer's layout.
-        """
-        training, adapter = model.training, nullcontext()
-        if self.ref_model is None and isinstance(self.model, PeftModel):
-            plain = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(plain, adapter_name="ref" if "ref" in plain.peft_config else None)
+    @contextmanager
+    def reference_policy(self) -> Iterator[nn.Module]:
+        """The frozen reference, in eval mode and without gradients: the copy, or the policy without its adapter."""
+        model, adapter = self.ref_model, nullcontext()
+        if model is None:
+            model = self.model
+            if isinstance(model, PeftModel):
+                plain = self.accelerator.unwrap_model(model)
+                adapter = use_adapter(plain, adapter_name="ref" if "ref" in plain.peft_config else None)
+        training = model.training
         model.eval()  # the policy and its reference may be one model, and only the policy drops out
         try:
             with torch.no_grad(), adapter:
-                chosen, rejected = score_responses(model, inputs, self.layout).logps.chunk(2)
+                yield model
         finally:
             model.train(training)
+
+    def compute_ref_log_probs(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Reference log-probabilities (B,) of the chosen and the rejected responses of B pairs.
+
+        Args:
+            model: taken by TRL's own method; the trainer knows its reference.
+            inputs: a batch of this trainer's layout.
+        """
+        with self.reference_policy() as reference:
+            chosen, rejected = score_responses(reference, inputs, self.layout).logps.chunk(2)
         return chosen, rejected
+
+    def score_policy(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> ResponseScores:
+        """Scores of the K responses under the policy."""
+        return score_responses(model, inputs, self.layout, router_logits=self.aux_loss_enabled)
 
     def score_pairs(
         self, model: nn.Module, inputs: Mapping[str, Tensor]
     ) -> tuple[ResponseScores, Tensor, Tensor]:
         """Scores of the 2B responses under the policy, and (B,) log-probabilities of both sides under the reference."""
-        scores = score_responses(model, inputs, self.layout, router_logits=self.aux_loss_enabled)
+        scores = self.score_policy(model, inputs)
         if "ref_chosen_logps" in inputs:
             return scores, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        reference = self.model if self.ref_model is None else self.ref_model
-        return scores, *self.compute_ref_log_probs(reference, inputs)
+        return scores, *self.compute_ref_log_probs(model, inputs)
 
     def finish_loss(
-        self, losses: Tensor, scores: ResponseScores, inputs: Mapping[str, Tensor], metrics: PairMetrics
+        self, losses: Tensor, scores: ResponseScores, inputs: Mapping[str, Tensor], metrics: RowMetrics
     ) -> Tensor:
-        """The objective () of per-pair losses (B,), after noting them and the metrics."""
+        """The objective () of per-row losses (B,), after noting them and the metrics."""
         ones = torch.ones_like(losses)
-        metrics = {"loss": (losses.detach(), ones), **policy_metrics(scores), **metrics}
+        metrics = {"loss": (losses.detach(), ones), **policy_metrics(scores, Lists.of(inputs)), **metrics}
         if self.model.training:
-            self.guard.watch(losses, inputs["pair_index"])
-            self._tokens = self._tokens + inputs["num_tokens"]
-            for name, (totals, counts) in metrics.items():
-                self._train_means.add(name, totals, counts)
+            self.guard.watch(losses, inputs["row_index"])
+            self.note_training(metrics, inputs["num_tokens"])
         else:
-            self._eval_means.add(inputs["pair_index"], metrics)
+            self._eval_means.add(inputs["row_index"], metrics)
         loss = losses.mean()
         if scores.router_loss is not None:
             loss = loss + self.router_aux_loss_coef * scores.router_loss
         return loss
+
+    def note_training(self, metrics: RowMetrics, tokens: Tensor) -> None:
+        """Add figures to those of the next log, and the tokens () of a batch to those put through the policy."""
+        self._tokens = self._tokens + tokens
+        for name, (totals, counts) in metrics.items():
+            self._train_means.add(name, totals, counts)
+
+    def complete_means(self, means: dict[str, float]) -> None:
+        """Change the means of a training log, where a method's objective is more than the mean of its rows' losses."""
+
+    def passing_figures(self) -> dict[str, float]:
+        """Figures of the moment, to be shown but not recorded."""
+        return {}
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -191,6 +215,7 @@ class PreferenceTrainer(DPOTrainer):
             means, prefix = self._train_means.pop(), ""
             if means:
                 means["num_tokens"] = self._num_tokens()
+                self.complete_means(means)
         if self.aux_loss_enabled:
             means.pop("loss", None)  # the library's figure holds the router's loss too
         logs.update({f"{prefix}{name}": value for name, value in means.items()})
@@ -244,35 +269,6 @@ class _Absent(nn.Module):
         raise NotImplementedError
 
 
-def policy_metrics(scores: ResponseScores) -> PairMetrics:
-    """TRL's metrics of the policy itself, from the scores of 2B responses."""
-    chosen_logps, rejected_logps = scores.logps.detach().chunk(2)
-    chosen_lengths, rejected_lengths = scores.lengths.chunk(2)
-    chosen_logits, rejected_logits = scores.mean_logits.chunk(2)
-    chosen_entropy, rejected_entropy = scores.entropy.chunk(2)
-    ones = torch.ones_like(chosen_logps)
-    return {
-        "entropy": (chosen_entropy + rejected_entropy, chosen_lengths + rejected_lengths),
-        "mean_token_accuracy": (scores.top1.chunk(2)[0], chosen_lengths),
-        "logits/chosen": (chosen_logits, chosen_lengths),
-        "logits/rejected": (rejected_logits, rejected_lengths),
-        "logps/chosen": (chosen_logps, ones),
-        "logps/rejected": (rejected_logps, ones),
-    }
-
-
-def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> PairMetrics:
-    """TRL's metrics of implicit rewards (B,)."""
-    chosen_rewards, rejected_rewards = chosen_rewards.detach(), rejected_rewards.detach()
-    ones = torch.ones_like(chosen_rewards)
-    return {
-        "rewards/chosen": (chosen_rewards, ones),
-        "rewards/rejected": (rejected_rewards, ones),
-        "rewards/accuracies": ((chosen_rewards > rejected_rewards).float(), ones),
-        "rewards/margins": (chosen_rewards - rejected_rewards, ones),
-    }
-
-
 def _restore_adapter_dropout(model: nn.Module) -> None:
     """``disable_dropout`` is about the model; TRL takes the adapter's dropout with it, which was asked for by name."""
     if not isinstance(model, PeftModel):
@@ -284,5 +280,5 @@ def _restore_adapter_dropout(model: nn.Module) -> None:
 
 
 def _numbered(dataset: Dataset) -> Dataset:
-    """With the position of every pair, by which metrics and messages know it again."""
-    return dataset.add_column("pair_index", list(range(len(dataset))))
+    """With the position of every row, by which metrics and messages know it again."""
+    return dataset.add_column("row_index", list(range(len(dataset))))

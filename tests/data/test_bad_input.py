@@ -115,14 +115,6 @@ def test_unknown_splits_and_empty_slices(saved: bool, tmp_path: Path) -> None:
     assert "'train[:x]' is not understood" in _message({"source": path, "split": "train[:x]"})
 
 
-@pytest.mark.parametrize("format", ["auto", "standard"])
-def test_lists_of_responses(format: str, tmp_path: Path) -> None:
-    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "responses": ["b", "c"], "ranking": [1, 0]}])
-    message = _message({"source": path, "format": format})
-    assert "only pairs can be trained on" in message
-    assert "rename columns" not in message
-
-
 def test_settings_that_a_file_cannot_have(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", rows(3))
     assert "`config: x` has no meaning" in _message({"source": path, "config": "x"})

@@ -81,7 +81,8 @@ def test_formats(
     path = jsonl(tmp_path / "p.jsonl", [columns])
     for asked in ("auto", format):
         loaded = data.load(settings({"source": path, "format": asked}))
-        assert (loaded.train[0].prompt, loaded.train[0].chosen, loaded.train[0].rejected) == expected
+        assert (loaded.train[0].prompt, *loaded.train[0].responses) == expected
+        assert loaded.train[0].ranks == (0, 1)
         assert loaded.receipt.sets["train"].sources[0].format == format
 
 
@@ -89,7 +90,7 @@ def test_renamed_columns_win_over_columns_of_that_name(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", [{"prompt": 7, "question": "q", "good": "a", "bad": "b"}])
     source = {"source": path, "columns": {"prompt": "question", "chosen": "good", "rejected": "bad"}}
     pair = data.load(settings(source)).train[0]
-    assert (pair.prompt, pair.chosen, pair.rejected) == ("q", "a", "b")
+    assert (pair.prompt, *pair.responses) == ("q", "a", "b")
 
 
 def test_keys_that_only_other_messages_have_are_left_out(tmp_path: Path) -> None:

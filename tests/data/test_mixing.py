@@ -17,7 +17,7 @@ def path(tmp_path: Path) -> str:
 
 
 def _ids(loaded: data.PreferenceData) -> list[str]:
-    return [pair.pair_id for pair in loaded.train]
+    return [row.occurrence_id for row in loaded.train]
 
 
 def _numbers(loaded: data.PreferenceData) -> list[int]:

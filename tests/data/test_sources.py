@@ -66,8 +66,8 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_source_gives_the_same_pairs(kind: str, tmp_path: Path) -> None:
     found = data.load(settings(str(_write(tmp_path, kind)))).train
-    assert [(p.prompt, p.chosen, p.rejected) for p in found] == [tuple(one.values()) for one in ROWS]
-    assert [p.pair_id for p in found] == [f"{kind}:{number}" for number in range(10)]
+    assert [(p.prompt, *p.responses) for p in found] == [tuple(one.values()) for one in ROWS]
+    assert [p.occurrence_id for p in found] == [f"{kind}:{number}" for number in range(10)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,7 +85,7 @@ def test_splits_can_be_sliced(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["saved_splits", "folder"])
 def test_other_splits_by_name(kind: str, tmp_path: Path) -> None:
     loaded = data.load(settings({"source": str(_write(tmp_path, kind)), "split": "test"}))
-    assert [p.pair_id for p in loaded.train] == [f"{kind}/test:{number}" for number in range(3)]
+    assert [p.occurrence_id for p in loaded.train] == [f"{kind}/test:{number}" for number in range(3)]
 
 
 def test_folder_configurations_from_its_readme(tmp_path: Path) -> None:
@@ -124,13 +124,13 @@ def test_csv_cells_are_text(tmp_path: Path) -> None:
     _csv(tmp_path / "p.csv", [{**one, "score": 5, "good": True} for one in listed])
     source = {"source": str(tmp_path / "p.csv"), "where": {"score": 5, "good": True}}
     found = data.load(settings(source)).train
-    assert [(p.chosen, p.rejected) for p in found] == [(one["chosen"], one["rejected"]) for one in listed]
+    assert [p.responses for p in found] == [(one["chosen"], one["rejected"]) for one in listed]
 
 
 def test_a_column_of_mixed_types_costs_only_the_odd_rows(tmp_path: Path) -> None:
     listed = [row(0), row(1, prompt=3), row(2, chosen=["a"]), row(3, rejected=None), row(4), row(5)]
     loaded = data.load(settings(jsonl(tmp_path / "p.jsonl", listed)))
-    assert [p.pair_id for p in loaded.train] == ["p.jsonl:0", "p.jsonl:4", "p.jsonl:5"]
+    assert [p.occurrence_id for p in loaded.train] == ["p.jsonl:0", "p.jsonl:4", "p.jsonl:5"]
     assert loaded.receipt.sets["train"].sources[0].dropped == {
         "malformed: prompt is number, not text": 1,
         "malformed: chosen is list of text, not text": 1,
@@ -141,7 +141,7 @@ def test_a_column_of_mixed_types_costs_only_the_odd_rows(tmp_path: Path) -> None
 def test_ids_from_a_column(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "p.jsonl", [row(n, key=f"k{n}", same="x") for n in range(3)])
     found = data.load(settings({"source": path, "columns": {"id": "key"}})).train
-    assert [p.pair_id for p in found] == ["p.jsonl:k0", "p.jsonl:k1", "p.jsonl:k2"]
+    assert [p.occurrence_id for p in found] == ["p.jsonl:k0", "p.jsonl:k1", "p.jsonl:k2"]
     with pytest.raises(UserError, match="'x' occurs 3 times"):
         data.load(settings({"source": path, "columns": {"id": "same"}}))
 
@@ -150,7 +150,7 @@ def test_a_saved_datasets_own_output_format_does_not_matter(tmp_path: Path) -> N
     saved = datasets.Dataset.from_list([{**one, "score": n} for n, one in enumerate(ROWS)])
     saved.with_format("numpy").save_to_disk(tmp_path / "saved")
     source = {"source": str(tmp_path / "saved"), "where": {"score": [1, 2]}}
-    assert [type(p.chosen) for p in data.load(settings(source)).train] == [str, str]
+    assert [type(p.responses[0]) for p in data.load(settings(source)).train] == [str, str]
 
 
 def test_progress_reaches_its_end(tmp_path: Path) -> None:
@@ -178,10 +178,10 @@ def test_a_schemes_rows_split_and_sliced_under_its_name() -> None:
     ):
         loaded = data.load(settings({"source": name, **source}))
         assert [p.prompt for p in loaded.train] == [TOYS[n]["prompt"] for n in numbers]
-        assert [p.pair_id for p in loaded.train] == [f"{label}:{n}" for n in range(len(numbers))]
+        assert [p.occurrence_id for p in loaded.train] == [f"{label}:{n}" for n in range(len(numbers))]
         assert loaded.receipt.sets["train"].sources[0].source == label
     own = data.load(settings({"source": name, "columns": {"id": "id"}, "split": "train[4:]"})).train
-    assert own[0].pair_id == f"{name}/train[4:]:q4"
+    assert own[0].occurrence_id == f"{name}/train[4:]:q4"
 
 
 @pytest.mark.usefixtures("toy_scheme")
@@ -207,7 +207,7 @@ def test_what_a_scheme_does_not_have_is_told_as_elsewhere() -> None:
 def test_a_file_may_have_a_colon_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "run:7.jsonl", ROWS)
-    assert data.load(settings("run:7.jsonl")).train[0].pair_id == "run:7.jsonl:0"
+    assert data.load(settings("run:7.jsonl")).train[0].occurrence_id == "run:7.jsonl:0"
     with pytest.raises(UserError, match="'run' is not a known kind of source"):
         data.load(settings("run:8.jsonl"))
 
@@ -220,5 +220,6 @@ def test_the_sandboxs_preferences() -> None:
     train, helpful = loaded.receipt.sets["train"], loaded.receipt.sets["helpful"]
     assert (train.rows, train.prompts) == (5000, 2500)
     assert (helpful.rows, helpful.prompts, helpful.leaked_prompts) == (1000, 500, 0)
-    with pytest.raises(UserError, match=r"sandbox:helpful/ranked: .* only pairs can be trained on"):
-        data.load(settings({"source": "sandbox:helpful", "config": "ranked"}))
+    for kind in ("ranked", "best_of_n"):
+        lists = data.load(settings({"source": "sandbox:helpful", "config": kind})).receipt.sets["train"]
+        assert (lists.sources[0].format, lists.rows, lists.list_sizes) == (kind, 2500, [4, 4])

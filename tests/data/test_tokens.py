@@ -28,8 +28,12 @@ def _tokenize(folder: Path, rows: list[Any], tok: Any, **others: Any) -> data.To
     return data.tokenize(data.load(wanted), tok, wanted)
 
 
-def _texts(tok: Any, one: dict[str, list[int]]) -> list[str]:
-    return [tok.decode(one[name]) for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+def _texts(tok: Any, one: dict[str, Any]) -> list[str]:
+    return [tok.decode(ids) for ids in (one["prompt_ids"], *one["response_ids"])]
+
+
+def _side(tokens: data.TokenizedData, number: int) -> list[list[int]]:
+    return [responses[number] for responses in tokens.train["response_ids"]]
 
 
 def _record(tokens: data.TokenizedData) -> Any:
@@ -112,8 +116,8 @@ def test_end_of_turn_written_out_in_the_text_is_not_doubled(template: str, tmp_p
         chat_row("Third", "Yes I am</s> ", "No" + turn + turn),
     ]
     tokens = _tokenize(tmp_path, rows, tok)
-    assert len({tuple(one) for one in tokens.train["chosen_ids"]}) == 1
-    assert len({tuple(one) for one in tokens.train["rejected_ids"]}) == 1
+    assert len({tuple(one) for one in _side(tokens, 0)}) == 1
+    assert len({tuple(one) for one in _side(tokens, 1)}) == 1
     assert _record(tokens).changed == {receipt.TURN_IN_TEXT: 2}
     assert _record(tokens).examples == {receipt.TURN_IN_TEXT: ["p.jsonl:1", "p.jsonl:2"]}
 
@@ -137,11 +141,11 @@ def test_a_boundary_inside_a_token_moves_the_response_forward(tmp_path: Path) ->
         side: tok("Human: Tell" + text)["input_ids"] + [tok.eos_token_id]
         for side, text in (("chosen", " me"), ("rejected", "ing"))
     }
-    for side, expected in whole.items():
-        assert tokens.train[0]["prompt_ids"] + tokens.train[0][f"{side}_ids"] == expected
+    for side, expected in enumerate(whole.values()):
+        assert tokens.train[0]["prompt_ids"] + tokens.train[0]["response_ids"][side] == expected
     split = _tokenize(tmp_path, [row(0, prompt="Human: Te", chosen="ll me", rejected="a")], tok)
-    assert tok.decode(split.train[0]["chosen_ids"]) == " Tell me</s>"
-    assert tok.decode(split.train[0]["rejected_ids"]) == " Tea</s>"
+    assert tok.decode(split.train[0]["response_ids"][0]) == " Tell me</s>"
+    assert tok.decode(split.train[0]["response_ids"][1]) == " Tea</s>"
     assert _record(split).changed == {receipt.BOUNDARY: 1}
 
 
@@ -179,7 +183,7 @@ LONG = [
 
 def test_overflow_drop(tmp_path: Path) -> None:
     tokens = _tokenize(tmp_path, LONG, tokenizer(), max_length=32)
-    assert tokens.train["pair_id"][:] == ["p.jsonl:0"]
+    assert tokens.train["row_id"][:] == ["p.jsonl:0"]
     assert _record(tokens).dropped == {receipt.PROMPT_TOO_LONG: 1, receipt.TOO_LONG: 2}
     assert len(_tokenize(tmp_path, LONG, tokenizer(), max_length=None).train) == 4
 
@@ -190,15 +194,15 @@ def test_overflow_truncate_response(tmp_path: Path) -> None:
     short, cut = tokens.train
     assert _record(tokens).dropped == {receipt.PROMPT_TOO_LONG: 1, receipt.IDENTICAL_TOKENS: 1}
     assert _record(tokens).changed == {receipt.TRUNCATED: 1}
-    assert len(cut["prompt_ids"] + cut["chosen_ids"]) == 32
-    assert tok.eos_token_id not in cut["chosen_ids"]
-    assert cut["rejected_ids"][-1] == short["chosen_ids"][-1] == tok.eos_token_id
+    assert len(cut["prompt_ids"] + cut["response_ids"][0]) == 32
+    assert tok.eos_token_id not in cut["response_ids"][0]
+    assert cut["response_ids"][1][-1] == short["response_ids"][0][-1] == tok.eos_token_id
 
 
 def test_a_row_of_exactly_max_length_fits(tmp_path: Path) -> None:
     tok = tokenizer()
     one = _tokenize(tmp_path, LONG[:1], tok).train[0]
-    length = len(one["prompt_ids"]) + max(len(one["chosen_ids"]), len(one["rejected_ids"]))
+    length = len(one["prompt_ids"]) + max(len(one["response_ids"][0]), len(one["response_ids"][1]))
     assert len(_tokenize(tmp_path, LONG[:1], tok, max_length=length).train) == 1
     with pytest.raises(UserError, match=r"no usable rows left \(response too long 1\)"):
         _tokenize(tmp_path, LONG[:1], tok, max_length=length - 1)
@@ -216,7 +220,7 @@ def test_repeats_share_their_rows_tokens_and_counts(tmp_path: Path) -> None:
     wanted = settings({"source": path, "weight": 2.5}, shuffle=True, max_length=32)
     steps: list[tuple[str, int, int]] = []
     tokens = data.tokenize(data.load(wanted), tokenizer(), wanted, progress=lambda *step: steps.append(step))
-    by_id = {one["pair_id"]: one["chosen_ids"] for one in tokens.train}
+    by_id = {one["row_id"]: one["response_ids"][0] for one in tokens.train}
     assert len(by_id) == len(tokens.train) == tokens.receipt.sets["train"].rows
     assert all(by_id[name] == by_id[name.partition("#")[0]] for name in by_id)
     assert (_record(tokens).kept, sum(_record(tokens).dropped.values())) == (597, 3)
@@ -243,8 +247,8 @@ def test_plain_and_chat_sources_in_one_set(tmp_path: Path) -> None:
     paths = [jsonl(tmp_path / "plain.jsonl", [row()]), jsonl(tmp_path / "chat.jsonl", [chat_row()])]
     wanted = settings(paths, eval={"chats": paths[1]})
     tokens = data.tokenize(data.load(wanted), tok, wanted)
-    assert [tok.decode(one[-1:]) for one in tokens.train["chosen_ids"]] == ["</s>", "<|eot_id|>"]
-    assert tokens.eval["chats"][0]["chosen_ids"] == tokens.train[1]["chosen_ids"]
+    assert [tok.decode(one[-1:]) for one in _side(tokens, 0)] == ["</s>", "<|eot_id|>"]
+    assert tokens.eval["chats"][0]["response_ids"][0] == tokens.train[1]["response_ids"][0]
     assert tokens.receipt.sets["chats"].leaked_prompts == 1
     assert set(tokens.fingerprints) == {"train", "chats"}
 

@@ -1,11 +1,15 @@
-"""What the packed forward pass leans on in transformers, TRL and torch. When one of these fails after an upgrade,
-`prefopt_cli/scoring` must follow."""
+"""What the packed forward pass, the divergence and sampling lean on in transformers, peft, TRL and torch.
+
+When one of these fails after an upgrade, `prefopt_cli/scoring` or `prefopt_cli/training/sampling.py` must follow.
+"""
 
 import inspect
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -22,10 +26,11 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import ChunkedLogProbFunction
-from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx
+from trl.trainer.utils import add_fused_lm_head, maybe_gather_lm_head_ctx, use_adapter
 
 from prefopt_cli.scoring.attention import BLOCK, PIECES, attention_in_pieces, block_mask
 from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.training.sampling import sample_responses
 from tests.scoring.build import build, examples, one_by_one, relative
 
 GIVEN = examples([[5, 7, 3], [4, 2, 6]])
@@ -157,3 +162,39 @@ def test_models_can_be_asked_whether_their_attention_may_be_set() -> None:
     assert LlamaForCausalLM._supports_flex_attn
     assert build("mamba", state_size=8, head_dim=16)._is_stateful
     assert not build("llama")._is_stateful
+
+
+def test_peft_shows_the_attributes_of_the_head_that_is_active() -> None:
+    """A head that is trained beside an adapter stands in the model several times; the one that runs is scored."""
+    config = LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model = get_peft_model(build("llama"), config)
+    model.add_adapter("ref", config)
+    wrapper = model.get_base_model().get_output_embeddings()
+    copies = wrapper.modules_to_save
+
+    assert wrapper.weight is copies["default"].weight
+    with use_adapter(model, "ref"):
+        assert wrapper.weight is copies["ref"].weight
+    with use_adapter(model, None):
+        assert wrapper.weight is wrapper.original_module.weight
+    assert wrapper.weight is copies["default"].weight
+    assert wrapper.weight.requires_grad
+    assert not copies["ref"].weight.requires_grad
+
+
+def test_generation_is_left_with_nothing_that_shapes_the_distribution(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The library fills in what nobody has set (its top_k is 50); such a default must be named in `sampling`."""
+    model = build("llama")
+    found: list[Any] = []
+
+    def drawn(_: Any, input_ids: Tensor, logits_processor: Any, **__: Any) -> Tensor:
+        found.append(logits_processor)
+        return input_ids
+
+    monkeypatch.setattr(type(model), "_sample", drawn)
+
+    sample_responses(model, [[4, 5], [6]], max_new_tokens=3, stop_ids=[2], padding_id=0, seed=0)
+
+    assert found == [[]]

@@ -11,7 +11,7 @@ from trl.trainer.utils import add_fused_lm_head, use_adapter
 
 from prefopt_cli.scoring.forward import score_responses
 from prefopt_cli.scoring.layout import Layout
-from prefopt_cli.training.batches import PairCollator, example_of
+from prefopt_cli.training.batches import ComparisonCollator, example_of
 from prefopt_cli.training.trainer import PreferenceTrainer
 
 
@@ -79,15 +79,23 @@ def test_losses_of_experts_come_from_trls_fused_head() -> None:
 
 
 PAIRS = [
-    {"pair_index": 0, "prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6]},
-    {"pair_index": 1, "prompt_ids": [7, 8], "chosen_ids": [9], "rejected_ids": [10, 11]},
+    {"row_index": 0, "prompt_ids": [1, 2, 3], "response_ids": [[4, 5], [6]], "ranks": [0, 1]},
+    {"row_index": 1, "prompt_ids": [7, 8], "response_ids": [[9], [10, 11]], "ranks": [0, 1]},
 ]
 
 
 def test_padded_rows_are_trls() -> None:
-    ours = PairCollator(Layout(), pad_token_id=0)(PAIRS)
-    theirs = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(PAIRS)
-    assert ours["pair_index"].tolist() == [0, 1]
+    ours = ComparisonCollator(Layout(), pad_token_id=0)(PAIRS)
+    pairs = [
+        {
+            "prompt_ids": row["prompt_ids"],
+            "chosen_ids": row["response_ids"][0],
+            "rejected_ids": row["response_ids"][1],
+        }
+        for row in PAIRS
+    ]
+    theirs = dpo_trainer.DataCollatorForPreference(pad_token_id=0)(pairs)
+    assert ours["row_index"].tolist() == [0, 1]
     for name in theirs:
         assert torch.equal(ours[name], theirs[name]), name
 

@@ -41,7 +41,7 @@ def text_rows(shared: Path, tokens: data.TokenizedData) -> Dataset:
 
     with gzip.open(shared / "data" / "hh_helpful_harmless.jsonl.gz", "rt") as file:
         lines = file.read().splitlines()
-    rows = [json.loads(lines[int(name.rsplit(":", 1)[1])]) for name in tokens.train["pair_id"]]
+    rows = [json.loads(lines[int(name.rsplit(":", 1)[1])]) for name in tokens.train["row_id"]]
     return Dataset.from_list([{side: row[side] for side in ("prompt", "chosen", "rejected")} for row in rows])
 
 

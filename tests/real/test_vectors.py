@@ -1,12 +1,15 @@
 """Losses against the reference numbers: 1e-9 in float64, 1e-5 relative in float32, gradients included."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS, gpo_loss
+from prefopt_cli.losses.soft import soft_best_of_n_loss, soft_pair_loss, soft_ranked_loss, token_kl
 
 pytestmark = pytest.mark.real
 
@@ -40,3 +43,50 @@ def test_gpo_at_zero(shared: Path) -> None:
         assert CONVEX_FUNCTIONS[name](torch.zeros((), dtype=torch.float64)).item() == pytest.approx(
             expected["value"], abs=1e-12
         )
+
+
+@pytest.fixture(scope="module")
+def soft(shared: Path) -> dict[str, Any]:
+    vectors = json.loads((shared / "vectors" / "soft.json").read_text())
+    assert {name: len(cases) for name, cases in vectors.items()} == {
+        "pair": 4,
+        "best_of_n": 4,
+        "ranked": 4,
+        "token_kl": 2,
+    }
+    return vectors
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_soft_pairs(soft: dict[str, Any], dtype: torch.dtype) -> None:
+    for case in soft["pair"]:
+        chosen = torch.tensor(case["chosen_logps"], dtype=dtype, requires_grad=True)
+        rejected = torch.tensor(case["rejected_logps"], dtype=dtype, requires_grad=True)
+        losses = soft_pair_loss(chosen, rejected, alpha=case["alpha"])
+        by_chosen, by_rejected = torch.autograd.grad(losses.sum(), [chosen, rejected])
+        slope = torch.tensor(case["d_chosen"], dtype=dtype)
+        wanted = torch.tensor(case["per_pair"], dtype=dtype)
+        for got, expected in ((losses, wanted), (by_chosen, slope), (by_rejected, -slope)):
+            torch.testing.assert_close(got, expected, **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("kind", "function", "choice"),
+    [("best_of_n", soft_best_of_n_loss, "best"), ("ranked", soft_ranked_loss, "ranks")],
+)
+def test_soft_lists(
+    soft: dict[str, Any], kind: str, function: Callable[..., torch.Tensor], choice: str, dtype: torch.dtype
+) -> None:
+    for case in soft[kind]:
+        logps, mask = torch.tensor(case["logps"], dtype=dtype), torch.tensor(case["mask"])
+        found = function(logps, torch.tensor(case[choice]), mask, alpha=case["alpha"])
+        torch.testing.assert_close(found, torch.tensor(case["per_row"], dtype=dtype), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_soft_token_kl(soft: dict[str, Any], dtype: torch.dtype) -> None:
+    for case in soft["token_kl"]:
+        policy, ref = (torch.tensor(case[name], dtype=dtype) for name in ("policy_logits", "ref_logits"))
+        found = token_kl(policy, ref, torch.tensor(case["mask"]))
+        torch.testing.assert_close(found, torch.tensor(case["per_row"], dtype=dtype), **TOLERANCE[dtype])

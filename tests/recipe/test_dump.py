@@ -55,7 +55,7 @@ def test_shipped_recipes_survive(load, name):
     recipe = load_recipe(shipped_recipes()[name])
     text = dump_recipe(recipe)
     assert load(text) == recipe
-    assert "beta:" in text
+    assert "length_normalize:" in text
     assert "on_overflow: drop" in text  # defaults are written out
 
 

@@ -92,7 +92,7 @@ def test_scores_are_trls_and_scaled_pairs_have_their_length(data: Path, tmp_path
     scaled = pair_set(tmp_path, "length-1024", human, subject, 4)
     assert scaled.shapes == [tuple(2 * n for n in shape) for shape in usual.shapes]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert {tuple(row["chosen_ids"])[-1] for row in scaled.tokens} == {tokenizer.eos_token_id}
+    assert {row["response_ids"][0][-1] for row in scaled.tokens} == {tokenizer.eos_token_id}
     scores, _ = reference_scores(tmp_path, subject, usual.tokens)
     lengths = [chosen for _, chosen, _ in usual.shapes]
     # A random model finds every token about as unlikely as any other.

@@ -100,8 +100,8 @@ def test_no_second_model_is_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch)
     trainers = []
     build = module.build_trainer
 
-    def keep(*arguments: Any) -> Any:
-        trainers.append(build(*arguments))
+    def keep(*arguments: Any, **options: Any) -> Any:
+        trainers.append(build(*arguments, **options))
         return trainers[-1]
 
     monkeypatch.setattr(module, "build_trainer", keep)

@@ -10,12 +10,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS
 from prefopt_cli.models.loading import load_model
 from prefopt_cli.runs import metrics
 from prefopt_cli.runs.folder import CHECKPOINT_MARK, RunFolder
 from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.guard import NotFiniteError
+from prefopt_cli.training.objectives import find_objective
 from prefopt_cli.training.preparation import prepare
 from prefopt_cli.training.reporting import Silent
 from prefopt_cli.training.run import build_trainer
@@ -115,7 +115,7 @@ def test_adapter_dropout_is_applied_to_the_policy_alone(run: Run, make_recipe) -
         prepared,
         load_model(prepared.source, recipe.model, recipe.adapter),
         training_arguments(recipe, with_dropout.run, evaluates=True),
-        CONVEX_FUNCTIONS["logistic"],
+        find_objective(recipe.method, with_dropout.run.path),
         "",
     )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])

@@ -1,0 +1,76 @@
+"""What a method asks of a run: a trainer, the reference policy in some form, a line for the user."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from prefopt_cli.recipe.schema import GPOSettings, Method, Recipe, SoftSettings
+from prefopt_cli.training.functions import describe_probe, find_function, require_usable
+from prefopt_cli.training.gpo import GPOTrainer
+from prefopt_cli.training.preparation import training_field
+from prefopt_cli.training.soft import SoftTrainer
+from prefopt_cli.training.trainer import PreferenceTrainer
+
+ReferenceUse = Literal["data", "samples", "none"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A method that was found sound."""
+
+    description: str
+    """One line for the user."""
+    figures: dict[str, Any]
+    """What was found out about it, for the manifest; must be the same when a run goes on."""
+    reference: ReferenceUse
+    """What the reference policy is asked about: the data, the policy's own samples, or nothing."""
+    make_trainer: Callable[..., PreferenceTrainer]
+    """Takes the arguments of `PreferenceTrainer`, and for `samples` those of `SoftTrainer` besides."""
+
+
+def find_objective(method: Method, folder: Path) -> Objective:
+    """Find and judge what a recipe's method section names.
+
+    Args:
+        method: the settings.
+        folder: where a user's own f is looked for first.
+
+    Raises:
+        UserError: it cannot be trained on.
+    """
+    return _soft(method) if isinstance(method, SoftSettings) else _gpo(method, folder)
+
+
+def precomputes(recipe: Recipe, objective: Objective) -> bool:
+    """Whether the reference scores the data before training."""
+    return objective.reference == "data" and training_field(recipe.training, "precompute_ref_log_probs")
+
+
+def _gpo(settings: GPOSettings, folder: Path) -> Objective:
+    function = find_function(settings.loss, folder)
+    probe = require_usable(settings.loss, function)
+    figures = asdict(probe)
+    del figures["problems"]  # there are none, or it would not be usable
+    return Objective(
+        describe_probe(settings.loss, probe),
+        {"f": figures},
+        "data",
+        partial(GPOTrainer, settings=settings, function=function),
+    )
+
+
+def _soft(settings: SoftSettings) -> Objective:
+    alpha = f"soft: without KL the optimum is softmax(r / {settings.alpha:g})"
+    regularizer = settings.regularizer
+    if settings.samples:
+        alpha += (
+            f"; {settings.kl_coef:g} KL to the reference on {regularizer.num_prompts} samples per process, drawn every "
+            f"{regularizer.sample_every} steps ({regularizer.estimator} estimator)"
+        )
+    else:
+        alpha += "; kl_coef is 0, so there is no KL to the reference"
+    return Objective(
+        alpha, {}, "samples" if settings.samples else "none", partial(SoftTrainer, settings=settings)
+    )

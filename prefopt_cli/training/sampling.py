@@ -1,0 +1,129 @@
+"""Responses that the policy writes while it is trained: at temperature 1, and nothing else about them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from prefopt_cli.errors import PrefoptError
+from prefopt_cli.scoring.forward import at_rest, plain_model
+
+
+def sample_responses(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    padding_id: int,
+    seed: int,
+    batch_size: int | None = None,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[list[int]]:
+    """One response to every prompt, drawn from the policy as it is.
+
+    The model's generation settings have no say, and neither has the state of the random generators, which is left as
+    it was: the same weights and arguments give the same responses. Mode, attention and settings of the model are
+    left as they were, too.
+
+    Args:
+        model: a causal language model of transformers, peft's wrapper (whose active adapter takes part) or not, on
+            its device; not wrapped for several processes.
+        prompts: tokens of each, at least one.
+        max_new_tokens: a response that has not stopped by then is cut off, and has no stop token.
+        stop_ids: tokens any of which ends a response; it is part of it.
+        padding_id: fills batches up on their left, where no token sees it.
+        seed: of the random stream.
+        batch_size: prompts that are answered at a time, which bounds the memory; None answers all at once. Other
+            sizes give other responses.
+        autocast: the precision to run the model in.
+
+    Returns:
+        The responses, at least one token each, in the order of the prompts.
+
+    Raises:
+        PrefoptError: a prompt has no tokens.
+    """
+    if not all(map(len, prompts)):
+        raise PrefoptError("A policy cannot answer a prompt without tokens: nothing predicts the first one.")
+    plain = plain_model(model)
+    settings = _settings(max_new_tokens, stop_ids, padding_id)
+    # The longest first: what has too little memory fails at once.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    size = batch_size or max(len(prompts), 1)
+    responses: list[list[int]] = [[] for _ in prompts]
+    with at_rest(model), _ready_to_generate(plain), _random_stream(plain, seed), autocast():
+        for start in range(0, len(order), size):
+            members = order[start : start + size]
+            inputs = _left_padded([prompts[index] for index in members], padding_id, plain.device)
+            made: Tensor = plain.generate(**inputs, generation_config=settings)
+            for index, tokens in zip(members, made[:, inputs["input_ids"].size(1) :].tolist(), strict=True):
+                responses[index] = _until_stop(tokens, stop_ids)
+    return responses
+
+
+def _settings(max_new_tokens: int, stop_ids: Sequence[int], padding_id: int) -> GenerationConfig:
+    """Plain sampling. What the library would fill in by itself (top_k is 50) is named."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids) or None,
+        pad_token_id=padding_id,
+        use_cache=True,
+    )
+
+
+@contextmanager
+def _ready_to_generate(plain: Any) -> Iterator[None]:
+    """Without generation settings of the model's own, and with an attention that takes a few queries and a cache."""
+    # The library merges the model's settings into those that it is given.
+    own, attention = plain.generation_config, plain.config._attn_implementation
+    plain.generation_config = GenerationConfig()
+    try:
+        if attention == "flex_attention":
+            plain.set_attn_implementation(_dense_attention(plain))
+        yield
+    finally:
+        plain.generation_config = own
+        if plain.config._attn_implementation != attention:
+            plain.set_attn_implementation(attention)
+
+
+def _dense_attention(plain: Any) -> str:
+    """What stands in for FlexAttention; sdpa knows no soft cap and would sample from another distribution."""
+    softcap = getattr(plain.config.get_text_config(), "attn_logit_softcapping", None)
+    return "sdpa" if softcap is None and plain._supports_sdpa else "eager"
+
+
+@contextmanager
+def _random_stream(plain: nn.Module, seed: int) -> Iterator[None]:
+    """Random numbers from this seed, and afterwards those that would have come without."""
+    devices = {parameter.device for parameter in plain.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        torch.manual_seed(seed)
+        yield
+
+
+def _left_padded(
+    prompts: Sequence[Sequence[int]], padding_id: int, device: torch.device
+) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask``, each (B, longest)."""
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), padding_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
+        attention_mask[row, width - len(prompt) :] = 1
+    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+
+
+def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
+    """Up to the first stop token and with it: what the library filled up behind it is cut off."""
+    stops = {*map(int, stop_ids)}
+    return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in stops), None)]

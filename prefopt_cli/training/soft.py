@@ -22,7 +22,7 @@ class SoftTrainer(PreferenceTrainer):
 
     The preference term is the softmax loss of pairs, best-of-n choices and ranked lists and knows of no reference.
     The KL is over responses that the policy writes itself now and then (see `SampleWindow`); an evaluation reports the
-    preference term alone.
+    preference term alone, without weights.
 
     Args:
         settings: the recipe's method section.
@@ -64,11 +64,12 @@ class SoftTrainer(PreferenceTrainer):
         lists = Lists.of(inputs)
         scores = self.score_policy(model, inputs)
         logps = self._row_logps(scores, lists)
-        losses = self._losses(logps, lists)
+        weights = self._weights(logps)
+        losses = self._losses(logps, lists, weights)
         with torch.no_grad():
             metrics = {
                 **reward_metrics(self.settings.alpha * logps, lists),
-                "soft/gradient_weight": (self._pull(logps, lists), torch.ones_like(losses)),
+                "soft/gradient_weight": (self._pull(logps, lists, weights), torch.ones_like(losses)),
             }
         loss = self.finish_loss(losses, scores, inputs, metrics)
         if self.samples is not None and self.model.training:
@@ -80,30 +81,32 @@ class SoftTrainer(PreferenceTrainer):
         lengths = scores.lengths if self.settings.length_normalize else None
         return lists.by_row(length_normalized(scores.logps, lengths))
 
-    def _losses(self, logps: Tensor, lists: Lists) -> Tensor:
+    def _losses(self, logps: Tensor, lists: Lists, weights: Tensor | None) -> Tensor:
         """(B,) from log-probabilities (B, N); a best-of-n choice is a ranking whose other responses all tie."""
         alpha = self.settings.alpha
         if not lists.are_pairs:
             return soft_ranked_loss(logps, lists.ranks, lists.mask, alpha=alpha)
         chosen, rejected = logps.unbind(1)
-        return soft_pair_loss(chosen, rejected, alpha=alpha, weights=self._weights(chosen, rejected))
+        return soft_pair_loss(chosen, rejected, alpha=alpha, weights=weights)
 
-    def _weights(self, chosen: Tensor, rejected: Tensor) -> Tensor | None:
-        """(B,) mu, relative to the mean over the batches of all processes; None where all pairs count alike."""
-        if self.settings.mu == "none":
+    def _weights(self, logps: Tensor) -> Tensor | None:
+        """(B,) mu of pairs (B, 2), relative to the mean over all processes' batches; None where all count alike.
+
+        In an evaluation they do: no figure of it may depend on how the pairs are batched.
+        """
+        if self.settings.mu == "none" or not self.model.training:
             return None
-        mean = torch.logaddexp(chosen, rejected).detach().mean()
-        if self.model.training:
-            mean = self.accelerator.reduce(mean, "mean")
+        chosen, rejected = logps.detach().unbind(1)
+        mean = self.accelerator.reduce(torch.logaddexp(chosen, rejected).mean(), "mean")
         return pair_weights(
             chosen, rejected, gamma=self.settings.mu.gamma, clamp=self.settings.mu_clamp, mean=mean
         )
 
-    def _pull(self, logps: Tensor, lists: Lists) -> Tensor:
+    def _pull(self, logps: Tensor, lists: Lists, weights: Tensor | None) -> Tensor:
         """(B,) half the sum of |d loss / d logp| over a row's responses: for a pair mu sigma(-alpha Delta)."""
         with torch.enable_grad():
             at = logps.detach().clone().requires_grad_()
-            slopes = torch.autograd.grad(self._losses(at, lists).sum(), at)[0]
+            slopes = torch.autograd.grad(self._losses(at, lists, weights).sum(), at)[0]
         return 0.5 * slopes.abs().sum(1)
 
     def _kl(self, model: nn.Module, samples: SampleWindow) -> Tensor:

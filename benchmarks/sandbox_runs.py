@@ -1,0 +1,80 @@
+"""Policies trained in the sandbox by a recipe with other settings, and judged by the true reward."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from prefopt_cli.recipe import load_recipe
+from prefopt_cli.runs import metrics
+from prefopt_cli.sandbox.bench import ScoreSettings
+from prefopt_cli.sandbox.score import score
+from prefopt_cli.training.reporting import Silent
+from prefopt_cli.training.run import train
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+UNWATCHED = ("dataset.eval={}", "training.eval_strategy=no")
+
+Row = dict[str, Any]
+
+
+def train_policy(recipe: str, overrides: Sequence[str], seed: int, run: Path) -> Path:
+    """Train by a shipped recipe with another seed, of training and of the order of the pairs; returns the run."""
+    path = RECIPES / f"{recipe}.yaml"
+    settings = [*overrides, f"training.seed={seed}", f"dataset.seed={seed}", *UNWATCHED, f"output_dir={run}"]
+    train(load_recipe(path, settings), recipe_folder=path.parent, reporter=Silent())
+    return run
+
+
+def judge(run: Path, settings: ScoreSettings, figures: Sequence[str], target: str = "closed-form") -> Row:
+    """Gold reward, win rate and the named figures of a run on held-out prompts: [value, low, high] each."""
+    report = score([str(run)], settings=settings, target=target)
+    judged = report.policies[0]
+    return {
+        "target": report.target,
+        "win_rate": judged.win_rates["helpful"],
+        "gain": judged.changes["reward/helpful"],
+        **{name: judged.figures[name] for name in figures if name in judged.figures},
+        "base": {
+            name: report.opponent.figures[name].value for name in figures if name in report.opponent.figures
+        },
+        "tokens": last_tokens(run),
+    }
+
+
+def last_tokens(run: Path) -> int:
+    """Tokens that went through the policy."""
+    return int(
+        next(
+            record["num_tokens"]
+            for record in reversed(metrics.read(run / "metrics.jsonl"))
+            if "loss" in record
+        )
+    )
+
+
+def run_all(jobs: Sequence[Row], work: Callable[[Row], Row], rows: Path, processes: int) -> Iterator[Row]:
+    """Do every job that `rows`, a file of JSON lines, does not hold yet; yields all rows in the jobs' order.
+
+    Args:
+        jobs: what tells one row from another; the rows begin with it.
+        work: a function of a module, job -> row.
+        rows: kept after each job, so that an interrupted benchmark goes on where it was.
+        processes: how many jobs at a time.
+    """
+    done = {key(row["job"]): row for row in metrics.read(rows)}
+    left = [job for job in jobs if key(job) not in done]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        for job, row in zip(left, pool.map(work, left), strict=True):
+            done[key(job)] = {"job": job, **row}
+            metrics.append(rows, done[key(job)])
+            print(json.dumps(done[key(job)]), flush=True)
+    yield from (done[key(job)] for job in jobs)
+
+
+def key(job: Row) -> str:
+    """A job as a word."""
+    return json.dumps(job, sort_keys=True)

@@ -1,0 +1,191 @@
+"""The tables and pictures of `benchmarks.sandbox_soft`."""
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.sandbox_runs import Row
+from prefopt_cli.sandbox.bench import ScoreSettings
+
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
+
+
+def value(row: Row, name: str) -> float:
+    return float(row[name][0])
+
+
+def over_seeds(values: list[float]) -> tuple[float, float]:
+    """Mean, and half the width of its 95 % interval by Student's t."""
+    if len(values) < 2:
+        return statistics.fmean(values), float("nan")
+    width = STUDENT[len(values) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values), float(width)
+
+
+def at_same(rows: list[Row], own: Row, x: str, y: str) -> float | None:
+    """DPO's `y` where its `x` is that of a soft run of the same seed; None outside of what its betas reach.
+
+    Beyond the beta of its best `x`, DPO loses both; only the betas from there on are compared with.
+    """
+    dpo = [row for row in rows if row["job"]["method"] == "gpo" and row["job"]["seed"] == own["job"]["seed"]]
+    dpo.sort(key=lambda row: -row["job"]["beta"])
+    best = max(range(len(dpo)), key=lambda i: value(dpo[i], x))
+    branch = dpo[: best + 1]
+    xs, ys = [value(row, x) for row in branch], [value(row, y) for row in branch]
+    wanted = value(own, x)
+    if not min(xs) <= wanted <= max(xs):
+        return None
+    order = np.argsort(xs)
+    return float(np.interp(wanted, np.array(xs)[order], np.array(ys)[order]))
+
+
+def name_of(job: Row) -> str:
+    if job["method"] == "gpo":
+        return f"DPO, beta {job['beta']:g}"
+    kl = f", kl_coef {job['kl_coef']:g}" if job["kl_coef"] else ""
+    kind = f", {job['kind'].replace('_', ' ')}" if "kind" in job else ""
+    return f"soft, alpha {job['alpha']:g}{kl}{kind}"
+
+
+def groups(rows: list[Row]) -> dict[str, list[Row]]:
+    """The seeds of every policy together."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(name_of(row["job"]), []).append(row)
+    return found
+
+
+def shown(values: list[float], digits: int = 2, scale: float = 1.0) -> str:
+    mean, width = over_seeds([scale * each for each in values])
+    return f"{mean:.{digits}f} ± {width:.{digits}f}"
+
+
+def table(head: list[str], lines: list[list[str]]) -> list[str]:
+    return [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(line)} |" for line in lines),
+        "",
+    ]
+
+
+def report(rows: list[Row], versions: dict[str, str], settings: ScoreSettings) -> str:
+    """Markdown."""
+    seeds = len({row["job"]["seed"] for row in rows})
+    base = rows[0]["base"]
+    found = groups(rows)
+    lines = [
+        "# Soft preference optimization in the sandbox",
+        "",
+        f"{seeds} seeds each, judged on {settings.prompts} held-out prompts with {settings.per_prompt} samples each; "
+        "mean ± half a 95 % interval over the seeds (Student's t). Win rates are by the gold reward `helpful` against "
+        f"the base policy (gold reward {base['reward/helpful']:.2f}, entropy {base['entropy']:.2f} nats, "
+        f"{base['distinct']:.1%} of a prompt's samples distinct). Total variation is exact, on "
+        f"{settings.exact_prompts} prompts. Runs on pairs are one epoch of 64 pairs a step, those on lists (of four "
+        "replies) two epochs of 64 lists a step. Made by `python -m benchmarks.sandbox_soft`.",
+        "",
+        "## 1. Without KL: towards softmax(r / alpha)",
+        "",
+        "Mean total variation to the optimum during training, and the entropy at its end.",
+        "",
+    ]
+    free = {name: own for name, own in found.items() if own[0].get("distances")}
+    looks = range(len(next(iter(free.values()))[0]["distances"]))
+    lines += table(
+        ["", *(f"{look / looks[-1]:.0%} of the steps" for look in looks), "entropy, nats"],
+        [
+            [
+                name,
+                *(shown([row["distances"][i][1] for row in own], 3) for i in looks),
+                shown([value(row, "entropy") for row in own]),
+            ]
+            for name, own in free.items()
+        ],
+    )
+    lines += ["## 2. and 3. Every policy", ""]
+    lines += table(
+        [
+            "",
+            "win rate, %",
+            "gold reward",
+            "entropy, nats",
+            "distinct, %",
+            "KL to base, nats",
+            "well-formed, %",
+            "tokens",
+        ],
+        [
+            [
+                name,
+                shown([value(row, "win_rate") for row in own], 1, 100),
+                shown([value(row, "reward/helpful") for row in own]),
+                shown([value(row, "entropy") for row in own]),
+                shown([value(row, "distinct") for row in own], 1, 100),
+                shown([value(row, "kl") for row in own]),
+                shown([value(row, "well_formed") for row in own], 1, 100),
+                f"{statistics.fmean(row['tokens'] for row in own):,.0f}",
+            ]
+            for name, own in found.items()
+        ],
+    )
+    lines += [
+        "## Against DPO at the same win rate and at the same reward",
+        "",
+        "Soft minus DPO of the same seed, between DPO's betas. Missing where DPO reaches no such win rate.",
+        "",
+    ]
+    comparisons = []
+    for name, own in found.items():
+        if name.startswith("DPO"):
+            continue
+        cells = [name]
+        for x, y, digits, scale in (
+            ("win_rate", "entropy", 2, 1),
+            ("win_rate", "distinct", 2, 100),
+            ("reward/helpful", "kl", 2, 1),
+        ):
+            pairs = [(value(row, y), at_same(rows, row, x, y)) for row in own]
+            differences = [ours - theirs for ours, theirs in pairs if theirs is not None]
+            cells.append(shown(differences, digits, scale) if len(differences) == len(own) else "none")
+        comparisons.append(cells)
+    lines += table(
+        [
+            "",
+            "entropy at the same win rate, nats",
+            "distinct at the same win rate, points",
+            "KL to base at the same reward, nats",
+        ],
+        comparisons,
+    )
+    lines += [f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.", ""]
+    return "\n".join(lines)
+
+
+def draw(rows: list[Row], path: Path, x: str, y: str, labels: tuple[str, str]) -> None:
+    """Means over the seeds: one curve for DPO's betas, one for alpha without KL, one for each alpha with KL."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams["svg.hashsalt"] = "prefopt"  # the same figures, the same file
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for own in groups(rows).values():
+        job = own[0]["job"]
+        if "kind" in job:
+            continue
+        curve = "DPO, beta" if job["method"] == "gpo" else "soft, alpha, no KL"
+        curve = f"soft, alpha {job['alpha']:g}, kl_coef" if job.get("kl_coef") else curve
+        place = tuple(statistics.fmean(value(row, name) for row in own) for name in (x, y))
+        curves.setdefault(curve, []).append(place)
+        setting = job.get("beta") or job.get("kl_coef") or job["alpha"]
+        axes.annotate(f"{setting:g}", place, textcoords="offset points", xytext=(5, 4), fontsize=7)
+    for label, places in curves.items():
+        axes.plot(*zip(*places, strict=True), "-o", markersize=4, label=label)
+    axes.set_xlabel(labels[0])
+    axes.set_ylabel(labels[1])
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize=8)
+    figure.savefig(path, format="svg", metadata={"Date": None})

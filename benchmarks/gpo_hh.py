@@ -21,7 +21,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import numpy as np
-import torch
 from transformers import AutoModelForCausalLM
 
 from prefopt_cli import data
@@ -33,8 +32,11 @@ from prefopt_cli.recipe import load_recipe
 from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs import environment
 from prefopt_cli.runs.metrics import read
-from prefopt_cli.scoring.forward import score_pairs, with_fused_head
-from prefopt_cli.training.batches import PairCollator
+from prefopt_cli.scoring.cache import Policy, ScoreCache
+from prefopt_cli.scoring.frozen import score_frozen
+from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.scoring.packing import Example
+from prefopt_cli.training.batches import examples_of
 from prefopt_cli.training.reporting import Silent
 from prefopt_cli.training.run import train
 
@@ -63,34 +65,35 @@ output_dir: {out}
 """
 
 
-def held_out(recipe: Recipe) -> tuple[data.TokenizedData, list[dict[str, torch.Tensor]], list[str]]:
-    """The tokenised data, the held-out set in padded batches, and the prompt of every held-out pair."""
+def held_out(recipe: Recipe) -> tuple[data.TokenizedData, list[Example], list[str]]:
+    """The tokenised data, the held-out pairs, and the prompt of each."""
     tokenizer = load_tokenizer(find_policy(recipe.model), recipe.model)
     text = data.load(recipe.dataset)
     tokens = data.tokenize(text, tokenizer, recipe.dataset)
-    rows = [{**row, "pair_index": i} for i, row in enumerate(tokens.eval["holdout"])]
-    collate = PairCollator(tokenizer.pad_token_id)
-    batches = [collate(rows[i : i + 32]) for i in range(0, len(rows), 32)]
-    prompts = {pair.pair_id: str(pair.prompt) for pair in text.eval["holdout"]}
-    return tokens, batches, [prompts[row["pair_id"]] for row in rows]
+    rows = tokens.eval["holdout"]
+    prompts = {row.row_id: str(row.prompt) for row in text.eval["holdout"]}
+    return tokens, examples_of(rows), [prompts[name] for name in rows["row_id"]]
 
 
-def delta(folder: Path, batches: list[dict[str, torch.Tensor]]) -> np.ndarray:
+def delta(folder: Path, pairs: list[Example]) -> np.ndarray:
     """log p(chosen) - log p(rejected) of every held-out pair, in nats."""
-    model = with_fused_head(AutoModelForCausalLM.from_pretrained(folder).eval())
-    chosen, rejected, *_ = score_pairs(model, batches)
-    return (chosen - rejected).double().numpy()
+    model, layout = AutoModelForCausalLM.from_pretrained(folder), Layout()
+    layout.prepare(model)
+    with tempfile.TemporaryDirectory() as scratch, ScoreCache(Path(scratch)) as cache:
+        scores = score_frozen(model, pairs, policy=Policy(str(folder), str(folder)), cache=cache, layout=layout)
+    chosen, rejected = np.array(scores.logps).T
+    return chosen - rejected
 
 
 def one_loss(
-    loss: str, options: argparse.Namespace, before: np.ndarray, batches: Any, prompts: list[str]
+    loss: str, options: argparse.Namespace, before: np.ndarray, pairs: list[Example], prompts: list[str]
 ) -> dict:
     """Train with one loss and judge it on the held-out pairs."""
     with tempfile.TemporaryDirectory() as folder:
         outcome = train(
             write_recipe(Path(folder), loss, options), recipe_folder=Path(folder), reporter=Silent()
         )
-        after = delta(outcome.run.model, batches)
+        after = delta(outcome.run.model, pairs)
         logged = [record for record in read(outcome.run.metrics) if "loss" in record]
     return {
         "loss": loss,
@@ -158,8 +161,8 @@ def main() -> None:
     parser.add_argument("--print-only", action="store_true", help="write no files")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        tokens, batches, prompts = held_out(write_recipe(Path(folder), "logistic", options))
-    before = delta(Path(options.model), batches)
+        tokens, pairs, prompts = held_out(write_recipe(Path(folder), "logistic", options))
+    before = delta(Path(options.model), pairs)
     facts = {
         "train_pairs": len(tokens.train),
         "heldout_pairs": len(prompts),
@@ -172,7 +175,7 @@ def main() -> None:
     }
     rows = []
     for loss in options.losses:
-        rows.append(one_loss(loss, options, before, batches, prompts))
+        rows.append(one_loss(loss, options, before, pairs, prompts))
         print(json.dumps(rows[-1]), flush=True)
     text = table(facts, rows)
     print(text)

@@ -4,7 +4,8 @@
     python benchmarks/memory.py llama-50m       # only cases whose name contains this, writes nothing
 
 Each case trains a random model for two steps in a process of its own, as `prefopt train` does: packed batches, and
-reference scores that are known, unless the case says otherwise. On the CPU the measure is the rise of
+reference scores that are known, unless the case says otherwise; `soft` has no reference scores, but samples and the
+KL to a reference on them. On the CPU the measure is the rise of
 the process's peak resident memory (Linux, VmHWM) over its resident memory after the imports. It is taken
 twice: with glibc's allocator as it is, which keeps part of what is freed, and told to return every freed
 tensor to the system (MALLOC_MMAP_THRESHOLD_), which shows what is alive. On CUDA the measure is
@@ -20,7 +21,9 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +36,15 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config
 from trl import DPOConfig
 
-from prefopt_cli.recipe.schema import GPOSettings
+from prefopt_cli.recipe.schema import GPOSettings, Regularizer, SoftSettings
 from prefopt_cli.scoring.choice import packed_layouts
 from prefopt_cli.scoring.forward import plain_model
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
 from prefopt_cli.training.gpo import GPOTrainer
-from prefopt_cli.training.memory import MemoryEstimate, estimate_memory, format_bytes
-from prefopt_cli.training.trainer import REFERENCE_COLUMNS
+from prefopt_cli.training.memory import MemoryEstimate, Sampling, estimate_memory, format_bytes
+from prefopt_cli.training.soft import SoftTrainer
+from prefopt_cli.training.trainer import REFERENCE_COLUMNS, PreferenceTrainer
 
 RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -90,6 +94,8 @@ class Case:
     optimizer: str = "adamw_torch_fused"
     padded: bool = False
     reference_pass: bool = False
+    samples: int = 0
+    """Responses of the policy itself, half of `length` to prompts of the other half: `soft` instead of `gpo`."""
 
     @property
     def name(self) -> str:
@@ -98,6 +104,7 @@ class Case:
         words += [f"accumulation-{self.accumulation}"] * (self.accumulation > 1)
         words += [self.optimizer] * (self.optimizer != "adamw_torch_fused")
         words += ["padded"] * self.padded + ["reference-pass"] * self.reference_pass
+        words += [f"soft-{self.samples}"] * (self.samples > 0)
         return " ".join(words)
 
 
@@ -116,6 +123,9 @@ CASES = [
     Case("gpt2-124m", lora=True, length=512),
     Case("llama-50m", pairs=4, padded=True),
     Case("llama-50m", pairs=4, reference_pass=True),
+    Case("llama-50m", samples=4),
+    Case("llama-50m", lora=True, samples=16, checkpointing=True),
+    Case("llama-50m", samples=8, accumulation=2),
 ]
 
 
@@ -135,29 +145,34 @@ def estimate(case: Case) -> MemoryEstimate:
         model,
         [Example(row["prompt_ids"], tuple(row["response_ids"])) for row in rows],
         Layout() if case.padded else packed_layouts(plain_model(model), DEVICE)[0],
-        reference="none" if not case.reference_pass else "adapter_disabled" if case.lora else "copy",
+        reference="none" if not keeps_reference(case) else "adapter_disabled" if case.lora else "copy",
         optimizer=case.optimizer,
         mixed_precision="bf16" if case.bf16 else "no",
         gradient_checkpointing=case.checkpointing,
         gradient_accumulation_steps=case.accumulation,
         device=DEVICE,
+        sampling=Sampling((case.length // 2,) * case.samples, case.length // 2) if case.samples else None,
     )
+
+
+def keeps_reference(case: Case) -> bool:
+    """Whether the reference policy is there while training."""
+    return case.reference_pass or case.samples > 0
 
 
 def train(case: Case, folder: str) -> int:
     """Two steps (the optimizer has states in the second); returns the measured bytes."""
     baseline = start_measuring()
     policy = build(case)
-    reference = copy.deepcopy(policy) if case.reference_pass and not case.lora else None
+    reference = copy.deepcopy(policy) if keeps_reference(case) and not case.lora else None
     if case.lora:
         # A PeftModel would get a second, frozen adapter; the trainer wraps a plain model and switches it off.
         policy, peft_config = policy.unload(), policy.peft_config["default"]
     dataset = Dataset.from_list(random_pairs(case, 2 * case.pairs * case.accumulation))
-    if not case.reference_pass:
+    if not keeps_reference(case):
         for column in REFERENCE_COLUMNS:
             dataset = dataset.add_column(column, [-500.0] * len(dataset))
-    trainer = GPOTrainer(
-        settings=GPOSettings(name="gpo"),
+    trainer = trainer_class(case)(
         model=policy,
         ref_model=reference,
         args=DPOConfig(
@@ -185,6 +200,16 @@ def train(case: Case, folder: str) -> int:
         raise SystemExit(f"{case.name}: {trainer.layout.note}")
     trainer.train()
     return stop_measuring(baseline)
+
+
+def trainer_class(case: Case) -> Callable[..., PreferenceTrainer]:
+    """The method's trainer, complete but for what all trainers take."""
+    if not case.samples:
+        return partial(GPOTrainer, settings=GPOSettings(name="gpo"))
+    regularizer = Regularizer(num_prompts=case.samples, max_new_tokens=case.length // 2)
+    prompts = Dataset.from_list(random_pairs(case, case.samples)).select_columns(["row_id", "prompt_ids"])
+    settings = SoftSettings(name="soft", regularizer=regularizer)
+    return partial(SoftTrainer, settings=settings, sampling_prompts=prompts)
 
 
 def random_pairs(case: Case, count: int) -> list[dict[str, Any]]:
@@ -314,7 +339,7 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 `python benchmarks/memory.py`; {facts}.
 
-Random models, prefopt's `{GPOTrainer.__name__}`, two steps, one process per case; float32 unless the case says bf16
+Random models, prefopt's `{GPOTrainer.__name__}` (`soft-16`: `{SoftTrainer.__name__}` with 16 samples), two steps, one process per case; float32 unless the case says bf16
 (autocast), fused AdamW unless it names another. `4x512` is 4 pairs of a prompt of 256 tokens and responses of 256
 and 240. Batches are packed and reference scores are known, unless the case says padded or reference-pass.
 The estimate comes from the configuration alone, within seconds. {CUDA_MEASURE if DEVICE == "cuda" else CPU_MEASURE}

@@ -23,6 +23,7 @@ import typer.main
 
 from prefopt_cli.cli.main import app
 from prefopt_cli.recipe import load_recipe
+from prefopt_cli.recipe.schema import SoftSettings
 from prefopt_cli.recipe.schemes import has_scheme
 from prefopt_cli.recipe.starter import starter_recipe
 from tests.cli.conftest import (
@@ -42,10 +43,12 @@ MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B")
 DATA = "trl-lib/ultrafeedback_binarized"
 QUICK = ["training.max_steps=2", "training.gradient_accumulation_steps=1"]
 FEW_PAIRS = ["dataset.train.0.limit=32", "dataset.eval.heldout.0.limit=16"]
-"""For the sandbox's recipe: its training source and its eval set."""
+"""For the sandbox's recipes: their training source and their eval set."""
+SHORT_SAMPLES = ["method.regularizer.max_new_tokens=8", "method.regularizer.num_prompts=4"]
+"""For methods that let the policy write; the contexts of the stand-ins are short, too."""
 FEW_SAMPLES = ["--prompts", "4", "--per-prompt", "2", "--exact-prompts", "1"]
 """For `prefopt sandbox score`; of an option that is given twice the later one counts."""
-SANDBOX = re.compile(r"\bprefopt sandbox |\bgpo-sandbox\.yaml")
+SANDBOX = re.compile(r"\bprefopt sandbox |\b(gpo|soft)-sandbox\.yaml")
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -179,6 +182,8 @@ def _data_is_there(recipe: Path, overrides: list[str]) -> bool:
     loaded = load_recipe(recipe, overrides)
     sources = [source.source for source in loaded.dataset.train]
     sources += [source.source for each in loaded.dataset.eval.values() for source in each]
+    if isinstance(loaded.method, SoftSettings):
+        sources += [source.source for source in loaded.method.regularizer.prompts or ()]
     places = (*sources, loaded.model.name_or_path)
     return all(has_scheme(place) or Path(place).exists() for place in places)
 
@@ -206,8 +211,10 @@ def _run(commands: list[Command], prefopt: Prefopt, folder: Path) -> None:  # no
             overrides = [word for word in arguments[2:] if "=" in word and not word.startswith("-")]
             if command.launched or not _data_is_there(recipe, overrides):
                 continue  # it loads
-            if recipe.name == "gpo-sandbox.yaml":
+            if recipe.name.endswith("-sandbox.yaml"):
                 arguments += FEW_PAIRS
+            if load_recipe(recipe, overrides).method.name == "soft":
+                arguments += SHORT_SAMPLES
         if arguments[:2] == ["sandbox", "score"]:
             arguments += FEW_SAMPLES
         if arguments[0] == "train":

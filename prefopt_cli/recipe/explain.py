@@ -37,6 +37,7 @@ _REMEDIES: dict[Path, str] = {
     ("launch", "processes"): "several processes are not supported",
     ("adapter", "type"): "write {type: lora, ...}",
     ("method", "mu"): "write none, or {gamma: 0.1}",
+    ("method", "regularizer"): "write {sample_every: 8, ...}; kl_coef: 0 does without samples",
     ("adapter", "bias"): "trained biases stay when the adapter is switched off, so the reference would move",
     ("adapter", "init_lora_weights"): "with others the policy without its adapter is not the reference",
 }

@@ -102,7 +102,9 @@ class SoftSettings(Section):
         Discriminator(_weighting_kind),
     ] = Field(default="none", description="Weights of pairs: none, or {gamma: 0.1}.")
     mu_clamp: float = Field(default=5.0, gt=0.0, description="log mu stays within plus or minus this.")
-    regularizer: Regularizer = Regularizer()
+    regularizer: Regularizer = Field(
+        default=Regularizer(), description="The samples that the KL is taken over; none are drawn with kl_coef: 0."
+    )
 
     @property
     def samples(self) -> bool:

@@ -127,13 +127,13 @@ def unknown_key(path: Path, method: str | None = None) -> str:
         method: the recipe's method, as far as it is known.
     """
     name, beside, owners = str(path[-1]), siblings(path, method), _owners(method)
-    pointer = governed(name)
-    if pointer:
-        return f"unknown key; {pointer}"
     others = [each for each, settings in METHODS.items() if name in settings.model_fields]
     if path[:-1] == ("method",) and others:
         valid = ", ".join(key for key in beside if key != "name")
         return f"unknown key; method {join_names(others)} has it, {method} does not; valid here: {valid}"
+    pointer = governed(name)
+    if pointer:
+        return f"unknown key; {pointer}"
     if name in owners:
         return f"unknown key; it belongs elsewhere: {join_names(owners[name])}"
     close = nearest(name, beside)

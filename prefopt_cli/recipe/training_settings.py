@@ -11,7 +11,7 @@ from pydantic_core import InitErrorDetails, PydanticCustomError
 from prefopt_cli.recipe.problems import join_names, join_types
 from prefopt_cli.recipe.training_fields import TrainingField, training_fields
 
-_OTHER_LOSSES = "belongs to losses of TRL's own DPOTrainer; method gpo has no use for it"
+_OTHER_LOSSES = "belongs to losses of TRL's own DPOTrainer; the methods here have no use for it"
 _FROZEN_REFERENCE = "the reference policy is frozen here"
 _DECIDED = "decided by prefopt, which makes the batches itself"
 _COMMANDS = "`prefopt train` trains, and evaluates as training.eval_strategy says"
@@ -19,8 +19,8 @@ _ENGINES = "sharded training is not available in this version; several processes
 _UPLOAD = "prefopt does not upload while it trains; afterwards run `hf upload REPO RUN/model`"
 
 GOVERNED: dict[str, str] = {
-    "beta": "write it as method.beta",
-    "loss_type": "write it as method.loss",
+    "beta": "write it as method.beta (method gpo)",
+    "loss_type": "write it as method.loss (method gpo)",
     "loss_weights": _OTHER_LOSSES,
     "label_smoothing": _OTHER_LOSSES,
     "ld_alpha": _OTHER_LOSSES,

@@ -129,6 +129,7 @@ def estimate_memory(
         accumulates=gradient_accumulation_steps > 1,
         device=device,
         samples=sampling.examples(gradient_accumulation_steps) if sampling else (),
+        kept_positions=sampling.tokens if sampling else 0,
     )
     method, step, notes = _step_parts(model, shape)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -195,8 +196,9 @@ def _rule_of_thumb(model: Any, shape: StepShape) -> dict[str, int]:
     hidden = config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
     item = 2 if shape.mixed_precision != "no" else next(model.parameters()).element_size()
-    batch = shape.batch()
-    tokens = batch["input_ids"].numel()
+    batches = [batch for batch in (shape.batch(), shape.sample_batch()) if batch]
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    scored = sum(batch["targets"].numel() for batch in batches)
     layer = tokens * item * (10 * hidden + 4 * inner)
     layers = config.num_hidden_layers
     activations = layer + layers * tokens * item * hidden if shape.gradient_checkpointing else layers * layer
@@ -205,7 +207,7 @@ def _rule_of_thumb(model: Any, shape: StepShape) -> dict[str, int]:
         **_resident(model, shape.reference),
         "gradients": _bytes(trainable),
         "activations": activations,
-        "LM head": _head_rule_of_thumb(batch["targets"].numel(), config.vocab_size, shape.device),
+        "LM head": _head_rule_of_thumb(scored, config.vocab_size, shape.device),
     }
 
 

@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from prefopt_cli.scoring.forward import plain_model
 from prefopt_cli.scoring.packing import Example
+from prefopt_cli.training.memory_log import AllocationLog
+
+LOW_BYTES = 2
+"""Of a number in bfloat16 or float16."""
 
 LOGIT_COPIES = 4
 """Float32 copies of one row of logits per response: cast, softmax, and what drawing from it takes."""
@@ -31,18 +36,24 @@ class Sampling:
         ]
         return blank[:: min(groups, len(blank))]
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of all responses, if none stops before the limit."""
+        return len(self.prompts) * self.max_new_tokens
+
 
 def sampling_bytes(model: Any, sampling: Sampling, mixed_precision: str) -> dict[str, int]:
     """Bytes by part while responses are drawn: keys and values of every token so far, logits, one layer's work.
 
     Args:
-        model: a causal language model, peft's wrapper or not; only its configuration and type are looked at.
+        model: a causal language model, peft's wrapper or not; only its configuration, shapes and types are looked at.
         sampling: how much is drawn at once.
         mixed_precision: no, bf16 or fp16.
     """
     plain = plain_model(model)
     config = plain.config.get_text_config()
-    item = 2 if mixed_precision != "no" else plain.dtype.itemsize
+    low = mixed_precision != "no"
+    item = LOW_BYTES if low else plain.dtype.itemsize
     heads = getattr(config, "num_attention_heads", None)
     heads = heads if isinstance(heads, int) else 1  # a state-space model has none, some have a list of them
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -51,9 +62,25 @@ def sampling_bytes(model: Any, sampling: Sampling, mixed_precision: str) -> dict
     tokens = count * (longest + sampling.max_new_tokens)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
     inner = inner if isinstance(inner, int) else max(inner)
-    layer = HIDDEN_COPIES * config.hidden_size + INNER_COPIES * inner
+    # Under autocast the outputs of the layers stay in the type of the weights.
+    layer = HIDDEN_COPIES * config.hidden_size * plain.dtype.itemsize + INNER_COPIES * inner * item
+    reading, drawing = count * longest * layer, LOGIT_COPIES * 4 * count * config.vocab_size  # in turns
     return {
         "keys and values": 2 * config.num_hidden_layers * groups * size * tokens * item,
-        "logits of samples": LOGIT_COPIES * 4 * count * config.vocab_size,
-        "activations": count * longest * layer * item,
+        "logits of samples": drawing if drawing > reading else 0,
+        "activations": reading if reading >= drawing else 0,
+        AllocationLog.CAST: _cast_bytes(plain) if low else 0,
     }
+
+
+def _cast_bytes(model: nn.Module) -> int:
+    """What autocast keeps of weights in low precision: those that are trained, and one at a time of the others."""
+    matrices = dict.fromkeys(
+        weight
+        for module in model.modules()
+        if not isinstance(module, nn.Embedding)
+        for weight in module.parameters(recurse=False)
+        if weight.ndim > 1 and weight.element_size() > LOW_BYTES
+    )
+    kept = sum(weight.numel() for weight in matrices if weight.requires_grad)
+    return LOW_BYTES * (kept + max((weight.numel() for weight in matrices if not weight.requires_grad), default=0))

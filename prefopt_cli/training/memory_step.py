@@ -49,6 +49,8 @@ class StepShape:
     samples: Sequence[Example] = ()
     """Responses of the policy itself that go through it after the batch, for the KL to the reference, whose states
     are known by then; the reference does not see the batch."""
+    kept_positions: int = 0
+    """Tokens of all samples of a draw, whose reference states are kept until the next one."""
 
     @property
     def traced_layout(self) -> Layout:
@@ -96,8 +98,9 @@ def trace_step(model: nn.Module, shape: StepShape) -> dict[str, int]:
             for parameter in _trainable(policy):
                 parameter.grad = torch.zeros_like(parameter)
         if samples:
+            states = _reference_states(frozen or policy, samples, shape, log)
             loss = _score(policy, batch, shape).mean()
-            loss = loss + _divergence(policy, frozen or policy, samples, shape, log)
+            loss = loss + _divergence(policy, states, samples, shape, log)
         else:
             loss = _loss(policy, frozen, batch, shape, log)
         _backward(loss, log)
@@ -167,22 +170,25 @@ def _loss(
     return scores.mean()
 
 
-def _divergence(
-    policy: Any, reference: Any, samples: Mapping[str, Tensor], shape: StepShape, log: AllocationLog
-) -> Tensor:
-    """The KL on the policy's samples, with the reference's states, which are kept from draw to draw."""
-    log.part = "reference states"
+def _reference_states(
+    reference: Any, samples: Mapping[str, Tensor], shape: StepShape, log: AllocationLog
+) -> HeadStates:
+    """What the reference says about the samples of a draw: those of this step lie in the same memory as the others."""
+    part, log.part = log.part, "reference states"
     head = plain_model(reference).get_output_embeddings()
     places = samples["predicting"].numel()
-    hidden = torch.empty(places, head.weight.size(1), dtype=_low(shape) or head.weight.dtype)
+    hidden = torch.empty(max(shape.kept_positions, places), head.weight.size(1), dtype=head.weight.dtype)
+    log.part = part
+    return HeadStates(hidden[:places], head.weight.detach(), head.bias)
+
+
+def _divergence(
+    policy: Any, states: HeadStates, samples: Mapping[str, Tensor], shape: StepShape, log: AllocationLog
+) -> Tensor:
+    """The KL on the policy's samples, beside the activations of the batch."""
     log.part = "activations of samples"
     with _autocast(shape):
-        states = HeadStates(hidden, head.weight.detach(), head.bias)
         return score_samples(policy, samples, shape.traced_layout, states).kl.sum()
-
-
-def _low(shape: StepShape) -> torch.dtype | None:
-    return _LOW_PRECISION.get(shape.mixed_precision)
 
 
 def _reference_scores(policy: Any, frozen: Any, batch: Mapping[str, Tensor], shape: StepShape) -> Tensor:

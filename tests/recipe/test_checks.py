@@ -3,6 +3,16 @@
 import pytest
 
 NO_EVAL = ("  eval:\n    helpful: {source: held.jsonl}\n", "")
+SOFT = ("name: gpo\n  loss: logistic\n  beta: 0.1", "name: soft\n  alpha: 0.1")
+PROMPTS = "method.regularizer.prompts"
+BEST = ["training.load_best_model_at_end=true", "training.save_strategy=epoch"]
+
+
+@pytest.fixture
+def soft(sound):
+    """A sound recipe of method soft."""
+    assert sound.count(SOFT[0]) == 1
+    return sound.replace(*SOFT)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +57,84 @@ def test_it_is_told(refusal, sound, overrides, key, part):
     assert message.splitlines()[0].endswith(": 1 mistake"), message
     assert f"  {key}: " in message
     assert part in message
+
+
+def test_lists_stay_whole_only_for_methods_that_take_them(refusal, load, sound, soft):
+    message = refusal(sound, "dataset.lists=whole")
+    assert (
+        "  dataset.lists: method gpo compares pairs; use all_pairs or adjacent_pairs, or method soft"
+        in message
+    )
+    for lists in ("auto", "whole", "all_pairs", "adjacent_pairs"):
+        load(soft, f"dataset.lists={lists}")
+        if lists != "whole":
+            load(sound, f"dataset.lists={lists}")
+    message = refusal(sound.replace("name: gpo", "name: gop"), "dataset.lists=whole")
+    assert "dataset.lists" not in message
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["precompute_ref_log_probs=true", "precompute_ref_log_probs=false", "precompute_ref_batch_size=8"],
+)
+def test_soft_scores_no_data_with_the_reference(refusal, load, sound, soft, setting):
+    message = refusal(soft, f"training.{setting}")
+    name = setting.partition("=")[0]
+    assert message.splitlines()[0].endswith(": 1 mistake"), message
+    assert (
+        f"  training.{name}: method soft never scores the data with the reference policy; leave it out"
+        in message
+    )
+    load(sound, f"training.{setting}")
+
+
+@pytest.mark.parametrize(
+    ("metric", "of_gpo", "of_soft"),
+    [
+        ("helpful_loss", True, True),
+        ("eval_helpful_rewards/accuracies", True, True),
+        ("helpful_soft/gradient_weight", False, True),
+        ("helpful_gpo/squared_log_ratio", True, False),
+        ("helpful_soft/preference_loss", False, False),  # of training: the loss of an evaluation is just that
+        ("helpful_kl/ref", False, False),  # nothing is sampled in an evaluation
+        ("soft/gradient_weight", False, False),  # of which set?
+    ],
+)
+def test_the_best_model_goes_by_what_an_evaluation_reports(
+    refusal, load, sound, soft, metric, of_gpo, of_soft
+):
+    for text, reported in ((sound, of_gpo), (soft, of_soft)):
+        if reported:
+            load(text, *BEST, f"training.metric_for_best_model={metric}")
+        else:
+            message = refusal(text, *BEST, f"training.metric_for_best_model={metric}")
+            assert "training.metric_for_best_model: expected a metric of one eval set" in message
+
+
+@pytest.mark.parametrize(
+    ("prompts", "key", "part"),
+    [
+        ("sandbox:hepful", PROMPTS, "Did you mean helpful?"),
+        ("sandbox:base", PROMPTS, "sandbox:base is the model"),
+        ("[q.jsonl, {source: sandbox:helpful/seed=x}]", f"{PROMPTS}.1.source", "seed must be a whole number"),
+        ("{source: sandbox:helpful, config: rankd}", f"{PROMPTS}.config", "Did you mean ranked?"),
+        ("{source: sandbox:helpful, revision: main}", f"{PROMPTS}.revision", "no revisions"),
+    ],
+)
+def test_names_of_the_sandbox_among_the_prompts(refusal, soft, prompts, key, part):
+    message = refusal(soft, f"{PROMPTS}={prompts}")
+    assert message.splitlines()[0].endswith(": 1 mistake"), message
+    assert f"  {key}: " in message
+    assert part in message
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    ["q.jsonl", "sandbox:polite", "{source: sandbox:polite, config: ranked}", "[a.jsonl, {source: b.csv}]"],
+)
+def test_prompts_may_be_one_source_or_several(load, soft, prompts):
+    recipe = load(soft, f"{PROMPTS}={prompts}")
+    assert [source.source for source in recipe.method.regularizer.prompts]
 
 
 @pytest.mark.parametrize(

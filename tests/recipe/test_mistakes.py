@@ -8,6 +8,9 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.recipe.training_settings import GOVERNED
 
+SOFT = ("name: gpo\n  loss: logistic\n  beta: 0.1", "name: soft\n  alpha: 0.1")
+"""The method's section of the sound recipe, and that of method soft."""
+
 # (what to replace, by what, the line told, parts of the message)
 MISTAKES = [
     ("beta: 0.1", "betta: 0.1", 13, ["method.betta", "unknown key", "'beta'"]),
@@ -64,6 +67,52 @@ MISTAKES = [
 ]
 
 
+# (what stands in the place of line 12 of a recipe of method soft, parts of the message)
+SOFT_MISTAKES = [
+    ("alpha: 0", ["method.alpha", "greater than 0", "found 0"]),
+    ("alpha: -1.5", ["method.alpha", "greater than 0", "found -1.5"]),
+    ("alpha: .inf", ["method.alpha", "finite"]),
+    ("alpha: '1'", ["method.alpha", "a number", "write 1 without quotes"]),
+    ("alhpa: 1", ["method.alhpa", "unknown key", "did you mean 'alpha'"]),
+    ("kl_coef: -0.1", ["method.kl_coef", "at least 0", "found -0.1"]),
+    ("kl_coeff: 0.1", ["method.kl_coeff", "did you mean 'kl_coef'"]),
+    ("mu: 0.5", ["method.mu", "expected none", "found 0.5", "{gamma: 0.1}"]),
+    ("mu: {}", ["method.mu.gamma", "missing"]),
+    ("mu: {gamma: 0}", ["method.mu.gamma", "greater than 0"]),
+    ("mu: {gamma: 1, clamp: 3}", ["method.mu.clamp", "unknown key"]),
+    ("mu_clamp: 0", ["method.mu_clamp", "greater than 0"]),
+    ("gamma: 1", ["method.gamma", "method.mu.gamma"]),
+    ("loss: logistic", ["method.loss", "method gpo has it, soft does not", "valid here: alpha, kl_coef"]),
+    ("beta: 0.1", ["method.beta", "method gpo has it, soft does not", "valid here: alpha, kl_coef"]),
+    ("sample_every: 4", ["method.sample_every", "method.regularizer.sample_every"]),
+    ("regularizer: none", ["method.regularizer", "a mapping", "found 'none'"]),
+    ("regularizer: {num_promts: 3}", ["method.regularizer.num_promts", "did you mean 'num_prompts'"]),
+    ("regularizer: {kl_coef: 0.1}", ["method.regularizer.kl_coef", "method.kl_coef"]),
+    ("regularizer: {beta: 0.1}", ["method.regularizer.beta", "unknown key"]),
+    ("regularizer: {sample_every: 0}", ["method.regularizer.sample_every", "greater than 0", "found 0"]),
+    ("regularizer: {sample_every: 2.0}", ["method.regularizer.sample_every", "an integer", "write 2"]),
+    ("regularizer: {num_prompts: 0}", ["method.regularizer.num_prompts", "greater than 0"]),
+    ("regularizer: {max_new_tokens: 0}", ["method.regularizer.max_new_tokens", "greater than 0"]),
+    (
+        "regularizer: {estimator: sequences}",
+        ["method.regularizer.estimator", "token or sequence", "did you mean 'sequence'"],
+    ),
+    ("regularizer: {prompts: []}", ["method.regularizer.prompts", "at least one entry"]),
+    ("regularizer: {prompts: [{sorce: x.jsonl}]}", ["method.regularizer.prompts.0.sorce", "'source'"]),
+    (
+        "regularizer: {prompts: [{source: x, limit: 0}]}",
+        ["method.regularizer.prompts.0.limit", "greater than"],
+    ),
+]
+
+
+@pytest.fixture
+def soft(sound):
+    """A sound recipe of method soft."""
+    assert sound.count(SOFT[0]) == 1
+    return sound.replace(*SOFT)
+
+
 @pytest.mark.parametrize(("old", "new", "line", "parts"), MISTAKES, ids=[mistake[1] for mistake in MISTAKES])
 def test_a_mistake_is_told_with_line_key_and_remedy(refusal, sound, old, new, line, parts):
     assert sound.count(old) == 1
@@ -73,10 +122,44 @@ def test_a_mistake_is_told_with_line_key_and_remedy(refusal, sound, old, new, li
     assert told[0].startswith(f"  my.yaml:{line}  "), message
 
 
-def test_the_sound_recipe_has_no_mistake(load):
+@pytest.mark.parametrize(("new", "parts"), SOFT_MISTAKES, ids=[new for new, _ in SOFT_MISTAKES])
+def test_a_mistake_in_the_settings_of_soft(refusal, soft, new, parts):
+    message = refusal(soft.replace("alpha: 0.1", new))
+    told = [text for text in message.splitlines()[1:] if all(part in text for part in parts)]
+    assert len(told) == 1, message
+    assert told[0].startswith("  my.yaml:12  "), message
+
+
+@pytest.mark.parametrize("key", ["alpha: 1", "kl_coef: 0", "mu: none", "mu_clamp: 1", "regularizer: {}"])
+def test_a_key_of_soft_under_gpo_names_soft(refusal, sound, key):
+    message = refusal(sound.replace("beta: 0.1", key))
+    name = key.partition(":")[0]
+    assert (
+        f"my.yaml:13  method.{name}: unknown key; method soft has it, gpo does not; valid here: loss"
+        in message
+    )
+
+
+def test_a_misspelt_gamma_is_told_with_what_is_then_missing(refusal, soft):
+    message = refusal(soft.replace("alpha: 0.1", "mu: {gama: 1}"))
+    assert message.splitlines()[0] == "my.yaml: 2 mistakes"
+    assert "method.mu.gama: unknown key; did you mean 'gamma'?" in message
+    assert "method.mu.gamma: missing" in message
+
+
+def test_the_sound_recipe_has_no_mistake(load, soft):
     recipe = load()
     assert recipe.method.beta == 0.1
     assert recipe.training["learning_rate"] == 1e-6
+    assert load(soft).method.alpha == 0.1
+
+
+@pytest.mark.parametrize(
+    ("key", "samples"),
+    [("kl_coef: 0", False), ("kl_coef: 0.0", False), ("alpha: 2", True), ("mu: {gamma: 1}", True)],
+)
+def test_the_policy_is_sampled_only_for_the_kl(load, soft, key, samples):
+    assert load(soft.replace("alpha: 0.1", key)).method.samples is samples
 
 
 def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(refusal):

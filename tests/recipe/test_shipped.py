@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 import pytest
 
+from prefopt_cli import data
 from prefopt_cli.errors import UserError
 from prefopt_cli.recipe import load_recipe, recipe_json_schema, shipped_recipes
 from prefopt_cli.recipe.schema import (
@@ -17,12 +18,15 @@ from prefopt_cli.recipe.schema import (
     LoraAdapter,
     ModelSettings,
     Recipe,
+    Regularizer,
     Source,
+    Weighting,
 )
 from prefopt_cli.recipe.shipped import describe_recipes, recipes_folder, shipped_file
 from prefopt_cli.recipe.starter import starter_methods, starter_recipe, write_starter
 from prefopt_cli.recipe.training_settings import GOVERNED
 from tests.conftest import REPOSITORY
+from tests.data.build import jsonl
 
 SCHEMA_LINE = "# yaml-language-server: $schema=./recipe.schema.json"
 
@@ -41,10 +45,12 @@ def test_the_recipes_are_those_of_the_checkout():
     assert {"gpo-sandbox", "gpo-hh", "gpo-ultrafeedback", "gpo-ultrafeedback-lora", "gpo-custom-loss"} <= set(
         shipped_recipes()
     )
+    assert {"soft-sandbox", "soft-hh", "soft-ranked", "soft-ultrafeedback-lora"} <= set(shipped_recipes())
 
 
-def test_the_sandbox_recipe_needs_nothing_from_outside():
-    recipe = load_recipe(shipped_recipes()["gpo-sandbox"])
+@pytest.mark.parametrize("name", ["gpo-sandbox", "soft-sandbox"])
+def test_the_sandbox_recipes_need_nothing_from_outside(name):
+    recipe = load_recipe(shipped_recipes()[name])
     (train,), (heldout,) = recipe.dataset.train, recipe.dataset.eval["heldout"]
     assert recipe.model.name_or_path == "sandbox:base"
     assert train.source == heldout.source == "sandbox:helpful"
@@ -55,6 +61,44 @@ def test_each_has_a_purpose_and_its_method():
     for described in describe_recipes():
         assert len(described.purpose) > 20, described
         assert described.method in METHODS
+        assert described.method == described.name.partition("-")[0]
+
+
+@pytest.mark.parametrize("name", ["hh", "ultrafeedback-lora"])
+def test_a_twin_differs_in_the_method_alone(name):
+    """What the two methods make of the same model and data can then be compared."""
+    gpo, soft = (load_recipe(shipped_recipes()[f"{method}-{name}"]) for method in ("gpo", "soft"))
+    for section in ("model", "adapter", "dataset", "training"):
+        assert getattr(gpo, section) == getattr(soft, section), section
+
+
+def test_every_micro_batch_of_a_soft_recipe_has_a_sample():
+    for name, path in shipped_recipes().items():
+        recipe = load_recipe(path)
+        if recipe.method.name == "soft":
+            micro_batches = recipe.training.get("gradient_accumulation_steps", 1)
+            assert recipe.method.regularizer.num_prompts % micro_batches == 0, name
+
+
+def test_lists_of_numbers_from_best_to_worst_are_read_by_their_scores(tmp_path, monkeypatch):
+    """As the recipe's comment says: `format: ranked` would make another order of them."""
+    row = {"prompt": "Question: Why?\nAnswer:", "responses": [" a", " b", " c", " d"]}
+    row |= {"scores": [1.5, 2.0, 0.0, 2.5], "ranking": [3, 1, 0, 2]}
+    recipe = load_recipe(
+        shipped_recipes()["soft-ranked"], ["dataset.holdout=null", "training.eval_strategy=no"]
+    )
+    (source,) = recipe.dataset.train
+    (tmp_path / source.source).parent.mkdir()
+    jsonl(tmp_path / source.source, [row])
+    monkeypatch.chdir(tmp_path)
+    (found,) = data.load(recipe.dataset).train
+    assert found.responses == (" d", " b", " a", " c")
+    as_ranks = load_recipe(
+        shipped_recipes()["soft-ranked"],
+        ["dataset.holdout=null", "training.eval_strategy=no", "dataset.train.0.format=ranked"],
+    )
+    (other,) = data.load(as_ranks.dataset).train
+    assert other.responses == (" c", " b", " d", " a")
 
 
 def test_unknown_names_get_a_suggestion_and_the_list():
@@ -97,6 +141,8 @@ def test_a_starter_loads_and_explains_every_key(tmp_path, method):
     assert text.splitlines()[0] == f"# prefopt train {path}"
     assert text.splitlines()[1] == SCHEMA_LINE
     sections = [Recipe, ModelSettings, LoraAdapter, DatasetSettings, Source, METHODS[method], LaunchSettings]
+    sections += [Regularizer, Weighting] if method == "soft" else []
+    assert max(map(len, starter_recipe(method).splitlines())) <= 110
     for section in sections:
         for key in section.model_fields:
             assert re.search(rf"(^|[\s{{#-]){key}:", text, re.MULTILINE), f"{section.__name__}.{key}"
@@ -105,9 +151,11 @@ def test_a_starter_loads_and_explains_every_key(tmp_path, method):
     assert path.read_text(encoding="utf-8") == text
 
 
-def test_the_defaults_that_a_starter_states_are_the_defaults():
-    text, compared = starter_recipe("gpo"), 0
-    for section in (ModelSettings, LoraAdapter, Source, DatasetSettings):
+@pytest.mark.parametrize("method", METHODS)
+def test_the_defaults_that_a_starter_states_are_the_defaults(method):
+    text, compared = starter_recipe(method), 0
+    sections = [ModelSettings, LoraAdapter, Source, DatasetSettings, METHODS[method]]
+    for section in (*sections, *([Regularizer] if method == "soft" else [])):
         for key, field in section.model_fields.items():
             if field.is_required():
                 continue
@@ -121,7 +169,7 @@ def test_the_defaults_that_a_starter_states_are_the_defaults():
 
 def test_a_starter_puts_no_odd_file_name_into_its_text():
     assert starter_recipe("gpo", "a b\nc: d.yaml").splitlines()[0] == "# prefopt train my.yaml"
-    with pytest.raises(UserError, match=r"did you mean 'gpo'.*there are: gpo"):
+    with pytest.raises(UserError, match=r"did you mean 'gpo'.*there are: gpo, soft"):
         starter_recipe("gop")
     assert starter_methods() == sorted(METHODS)
 
@@ -151,6 +199,14 @@ def test_the_schema_covers_training_fields_and_sections():
     assert schema["required"] == ["model", "dataset", "method", "output_dir"]
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["GPOSettings"]["properties"]["loss"]["description"]
+    for name in ("SoftSettings", "Regularizer", "Weighting"):
+        described = schema["$defs"][name]
+        assert described["additionalProperties"] is False
+        assert all(
+            "description" in each or "$ref" in each or key == "name"
+            for key, each in described["properties"].items()
+        )
+    assert schema["$defs"]["SoftSettings"]["properties"]["alpha"]["exclusiveMinimum"] == 0
 
 
 def test_nothing_in_the_recipe_room_imports_anything_heavy():

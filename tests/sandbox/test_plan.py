@@ -78,6 +78,27 @@ def test_why_there_is_no_closed_form(run: str, tmp_path: Path) -> None:
     assert (nothing.target, nothing.target_note) == (None, "no prompt's replies were enumerated")
 
 
+def test_the_optimum_of_soft_knows_no_base_policy(tmp_path: Path) -> None:
+    free = write_run(tmp_path / "free", method="{name: soft, alpha: 0.5, kl_coef: 0}")
+    plan = plan_score([str(free)])
+    assert plan.target is not None
+    assert plan.target.name == "softmax(r / 0.5)"
+    method = "{name: soft, alpha: 0.5, kl_coef: 0}"
+    noisy = write_run(tmp_path / "noisy", preferences="sandbox:polite/temperature=3", method=method)
+    plan = plan_score([str(noisy)])
+    assert plan.target is not None
+    assert plan.target.name == "softmax(r / 1.5)"
+
+
+def test_soft_with_kl_has_no_closed_form_but_takes_any_target(tmp_path: Path) -> None:
+    run = str(write_run(tmp_path / "held", method="{name: soft, alpha: 0.5}"))
+    plan = plan_score([run])
+    assert plan.target is None
+    assert "soft" in (plan.target_note or "")
+    plan = plan_score([run], target="softmax:0.5")
+    assert plan.target is not None
+
+
 def test_the_first_run_that_was_trained_decides(run: str, tmp_path: Path) -> None:
     polite = str(write_run(tmp_path / "polite", preferences="sandbox:polite"))
     plan = plan_score(["sandbox:base", polite, run])

@@ -194,8 +194,8 @@ def test_training_reads_nothing_but_texts(tmp_path: Path) -> None:
     """Loaded as a recipe's data: prompt, chosen and rejected come through, and the gold rewards change nothing."""
     rows = list(pairs(made_up_rows(20), "train", PreferencesName("helpful")))
     loaded = data.load(settings(jsonl(tmp_path / "rows.jsonl", rows)))
-    assert [(pair.prompt, pair.chosen, pair.rejected) for pair in loaded.train] == [
-        (row["prompt"], row["chosen"], row["rejected"]) for row in rows
+    assert [(pair.prompt, pair.responses, pair.ranks) for pair in loaded.train] == [
+        (row["prompt"], (row["chosen"], row["rejected"]), (0, 1)) for row in rows
     ]
     wrong = [
         {**row, "chosen_gold": row["rejected_gold"], "rejected_gold": row["chosen_gold"], "dimension": "none"}
@@ -203,6 +203,22 @@ def test_training_reads_nothing_but_texts(tmp_path: Path) -> None:
     ]
     again = data.load(settings(jsonl(tmp_path / "rows.jsonl", wrong)))
     assert again.train == loaded.train
+
+
+@pytest.mark.parametrize("kind", ["ranked", "best_of_n"])
+def test_lists_are_read_by_their_labels_alone(tmp_path: Path, kind: str) -> None:
+    """The format is detected, ranks are ranks, and the gold rewards beside them are no scores."""
+    rows = list(BY_KIND[kind](made_up_rows(20), "train", PreferencesName("helpful")))
+    loaded = data.load(settings(jsonl(tmp_path / "rows.jsonl", rows)))
+    assert {source.format for source in loaded.receipt.sets["train"].sources} == {kind}
+    for listed, row in zip(loaded.train, rows, strict=True):
+        ranks = row["ranking"] if kind == "ranked" else [int(n != row["best"]) for n in range(4)]
+        in_order = sorted(range(4), key=ranks.__getitem__)
+        assert listed.prompt == row["prompt"]
+        assert listed.responses == tuple(row["responses"][n] for n in in_order)
+        assert listed.ranks == tuple(ranks[n] for n in in_order)
+    wrong = [{**row, "gold": row["gold"][::-1], "dimension": "none"} for row in rows]
+    assert data.load(settings(jsonl(tmp_path / "rows.jsonl", wrong))).train == loaded.train
 
 
 def test_no_format_uses_a_column_beside_the_texts() -> None:

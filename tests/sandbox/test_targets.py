@@ -1,12 +1,17 @@
 """Targets against what minimising the very loss finds."""
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS
-from prefopt_cli.recipe.schema import GPOSettings
+from prefopt_cli.losses.soft import soft_best_of_n_loss, soft_pair_loss, soft_ranked_loss
+from prefopt_cli.recipe.schema import GPOSettings, SoftSettings
 from prefopt_cli.sandbox.targets import (
     SMALLEST,
     closed_form,
@@ -21,20 +26,36 @@ BASE = log_normalised(np.array([0.0, 1.0, 0.5, -1.0, -0.5, 0.2, 0.0]))
 
 def _minimiser(loss: str, beta: float, temperature: float) -> np.ndarray:
     """A free categorical policy, trained on all pairs of two independent draws from the base policy."""
+    base = torch.tensor(BASE)
+    f = CONVEX_FUNCTIONS[loss]
+
+    def expected(logps: torch.Tensor) -> torch.Tensor:
+        log_ratio = logps - base
+        z = beta * (log_ratio[:, None] - log_ratio[None, :])
+        pairs, preferred = _labelled_pairs(temperature)
+        return (pairs * (preferred * f(z) + (1 - preferred) * f(-z))).sum()
+
+    return _minimised(expected)
+
+
+def _labelled_pairs(temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often the base policy offers a pair, and how often its first response is preferred."""
     base, rewards = torch.tensor(BASE), torch.tensor(REWARDS)
-    pairs = base.exp()[:, None] * base.exp()[None, :]
-    preferred = torch.sigmoid((rewards[:, None] - rewards[None, :]) / temperature)
-    scores = base.clone().requires_grad_()
+    return base.exp()[:, None] * base.exp()[None, :], torch.sigmoid(
+        (rewards[:, None] - rewards[None, :]) / temperature
+    )
+
+
+def _minimised(expected: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
+    """The log-probabilities of the free categorical policy at which this loss is least."""
+    scores = torch.tensor(BASE).requires_grad_()
     optimizer = torch.optim.LBFGS(
         [scores], max_iter=2000, tolerance_grad=1e-13, tolerance_change=1e-16, line_search_fn="strong_wolfe"
     )
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        log_ratio = scores.log_softmax(0) - base
-        z = beta * (log_ratio[:, None] - log_ratio[None, :])
-        f = CONVEX_FUNCTIONS[loss]
-        value = (pairs * (preferred * f(z) + (1 - preferred) * f(-z))).sum()
+        value = expected(scores.log_softmax(0))
         value.backward()
         return value
 
@@ -49,6 +70,57 @@ def test_closed_forms_are_the_minimisers(loss: str, beta: float, temperature: fl
     assert target is not None
     found = target.distribution(BASE, REWARDS)
     assert total_variation(_minimiser(loss, beta, temperature), found) < 1e-4
+
+
+def _soft(**settings: Any) -> SoftSettings:
+    return SoftSettings(name="soft", **{"kl_coef": 0, **settings})
+
+
+def _expected_soft_loss(logps: torch.Tensor, kind: str, alpha: float, temperature: float) -> torch.Tensor:
+    """Over pairs, or lists of three, of independent draws from the base policy, labelled by Plackett-Luce."""
+    if kind == "pairs":
+        pairs, preferred = _labelled_pairs(temperature)
+        first, second = torch.broadcast_tensors(logps[:, None], logps[None, :])
+        return (2 * pairs * preferred * soft_pair_loss(first, second, alpha=alpha)).sum()
+    base, worth = torch.tensor(BASE), torch.tensor(REWARDS) / temperature
+    drawn = torch.tensor(list(itertools.product(range(len(REWARDS)), repeat=3)))
+    total = logps.new_zeros(())
+    mask = torch.ones_like(drawn, dtype=torch.bool)
+    for order in itertools.permutations(range(3)):
+        # One of the equal lists in this order; its chance is that of every place going to the next one.
+        listed = drawn[:, list(order)]
+        chance = base[listed].sum(1)
+        for place in range(2 if kind == "ranked" else 1):
+            chance = chance + worth[listed[:, place]] - worth[listed[:, place:]].logsumexp(1)
+        if kind == "ranked":
+            losses = soft_ranked_loss(logps[listed], torch.arange(3).expand_as(listed), mask, alpha=alpha)
+        else:  # every winner stands first in two of the six orders
+            losses = 0.5 * soft_best_of_n_loss(
+                logps[listed], torch.zeros(len(listed), dtype=torch.long), mask, alpha=alpha
+            )
+        total = total + (chance.exp() * losses).sum()
+    return total
+
+
+@pytest.mark.parametrize("kind", ["pairs", "best_of_n", "ranked"])
+@pytest.mark.parametrize(("alpha", "temperature"), [(1.0, 1.0), (0.5, 2.0), (2.0, 0.5), (0.5, 1.0)])
+def test_the_closed_form_of_soft_is_its_minimiser(kind: str, alpha: float, temperature: float) -> None:
+    """softmax(r / (alpha T)), whatever the base policy and however the responses are compared."""
+    target = closed_form(_soft(alpha=alpha), temperature)
+    assert target is not None
+    assert target.name == f"softmax(r / {alpha * temperature:g})"
+    found = _minimised(lambda logps: _expected_soft_loss(logps, kind, alpha, temperature))
+    assert total_variation(found, target.distribution(BASE, REWARDS)) < 1e-4
+
+
+def test_soft_has_a_closed_form_only_without_kl_and_noise_enough() -> None:
+    assert closed_form(_soft(kl_coef=0.1), 1.0) is None
+    assert closed_form(_soft(length_normalize=True), 1.0) is None
+    assert closed_form(_soft(), 0.0) is None
+    assert closed_form(_soft(alpha=1e-4), 1e-4) is None
+    weighted = closed_form(_soft(mu={"gamma": 0.5}), 1.0)
+    assert weighted is not None  # a pair weighs the same whichever response won
+    assert weighted.name == "softmax(r / 1)"
 
 
 def test_the_forms_differ_where_they_should() -> None:

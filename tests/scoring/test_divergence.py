@@ -313,17 +313,21 @@ def test_bfloat16_weights_without_autocast() -> None:
     assert {slope.dtype for slope in gradients(found, given)} == {torch.bfloat16}
 
 
-def peak(count: int, vocabulary: int, width: int, **transform: Any) -> int:
-    """Bytes allocated beyond the inputs, forward and backward."""
+def peak(
+    count: int, vocabulary: int, width: int, *, shared: bool = False, backward: bool = True, **transform: Any
+) -> int:
+    """Bytes allocated beyond the inputs, forward and backward; with one head for both where it is shared."""
     with FakeTensorMode():
         hidden, weight = (torch.empty(n, width, requires_grad=True) for n in (count, vocabulary))
-        reference = HeadStates(torch.empty(count, width), torch.empty(vocabulary, width), None)
+        other = weight if shared else torch.empty(vocabulary, width)
+        reference = HeadStates(torch.empty(count, width), other, None)
         targets = torch.zeros(count, dtype=torch.long)
         log = AllocationLog()
         with log:
             log.own([hidden, weight, targets, reference.hidden, reference.weight], "inputs")
             scores = token_divergence(hidden, weight, targets, reference, **transform)
-            (scores.kl + scores.log_probs).sum().backward()
+            if backward:
+                (scores.kl + scores.log_probs).sum().backward()
     return sum(size for part, size in log.peak().items() if part != "inputs")
 
 
@@ -337,8 +341,18 @@ def test_a_large_vocabulary_never_lies_there_for_all_positions(transform: str) -
 
     assert found < 3 * chunk + gradient + 2**20
     assert found < 2 * count * vocabulary * 4 / 3
+    assert peak(count, vocabulary, width, backward=False, **TRANSFORMS[transform]) < 3 * chunk + 2**20
     # What grows with the positions is their own gradients and figures.
     assert peak(8 * count, vocabulary, width, **TRANSFORMS[transform]) - found < 16 * count * (width + 20) * 4
+
+
+def test_a_head_that_both_have_is_cast_once() -> None:
+    """Below an adapter it is the same; its cast is large."""
+    count, vocabulary, width = 64, 10_000, 500
+    with torch.autocast("cpu", torch.bfloat16):
+        both, one = (peak(count, vocabulary, width, shared=shared) for shared in (False, True))
+
+    assert both - one == vocabulary * width * torch.bfloat16.itemsize
 
 
 # Through models.

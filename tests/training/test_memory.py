@@ -1,25 +1,33 @@
 """The memory estimate against real tensors, and the ways in which its parts must move."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import trl.trainer.utils
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from trl import DPOConfig
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.recipe.schema import Regularizer, SoftSettings
 from prefopt_cli.scoring import head
 from prefopt_cli.scoring.forward import plain_model, score_responses
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
 from prefopt_cli.training import memory_step
-from prefopt_cli.training.memory import estimate_memory, format_bytes
+from prefopt_cli.training.memory import Sampling, estimate_memory, format_bytes
 from prefopt_cli.training.memory_log import AllocationLog
 from prefopt_cli.training.memory_optimizer import optimizer_state_bytes, optimizer_step_bytes
+from prefopt_cli.training.memory_sampling import sampling_bytes
 from prefopt_cli.training.memory_step import StepShape, trace_step
+from prefopt_cli.training.sampling import sample_responses
+from prefopt_cli.training.soft import SoftTrainer
+from tests.tiny import build_tokenizer
 
 PACKED, PADDED = Layout("pieces"), Layout()
 WAYS = {"pieces": PACKED, "mask": Layout("mask"), "padded": PADDED}
@@ -428,6 +436,126 @@ def test_impossible_questions_are_user_errors() -> None:
         estimate_memory(on_meta(llama()), pairs(), PACKED, reference="adapter_disabled")
     with pytest.raises(UserError, match="nothing to score"):
         estimate_memory(on_meta(llama()), [], PACKED, reference="none")
+
+
+# --- the policy's own samples
+
+DRAW = Sampling((48, 40, 40, 30, 30, 24), 32)
+
+
+class LoggedTrainer(SoftTrainer):
+    """Keeps the bytes alive at the peak of the second step, which draws no samples but uses those of the first."""
+
+    peak = 0
+
+    def training_step(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        log = AllocationLog()
+        with log:
+            log.own(self.model.parameters(), "weights")
+            log.own(self.ref_model.parameters() if self.ref_model else (), "frozen policy")
+            log.own([p.grad for p in self.model.parameters() if p.grad is not None], "gradients")
+            log.own([group.reference.hidden for group in self.samples._groups], "reference states")
+            loss: torch.Tensor = super().training_step(*arguments, **options)
+        if self.state.global_step == 1:
+            self.peak = max(self.peak, sum(log.peak().values()))
+        return loss
+
+
+STEPS = {
+    "full": {},
+    "lora": {"lora": True},
+    "padded": {"layout": PADDED},
+    "checkpointing": {"checkpointing": True},
+    "accumulation": {"accumulation": 2},
+    "bf16": {"precision": "bf16"},
+    "large-vocabulary": {"vocab_size": 32000},
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_with_samples_takes_what_a_real_one_takes(case: str, tmp_path: Path) -> None:
+    plain = {"lora": False, "layout": PACKED, "checkpointing": False, "accumulation": 1, "precision": "no"}
+    options = {**plain, **STEPS[case]}
+    lora, layout, checkpointing, accumulation, precision = (
+        options.pop(name) for name in ("lora", "layout", "checkpointing", "accumulation", "precision")
+    )
+    config = llama(hidden_size=128, intermediate_size=320, **options)
+    batch = pairs(2)
+    rows = [
+        {"row_id": str(n), "prompt_ids": each.prompt, "response_ids": list(each.responses), "ranks": [0, 1]}
+        for n, each in enumerate(batch * 2 * accumulation)
+    ]
+    prompts = [{"row_id": str(n), "prompt_ids": [1] * length} for n, length in enumerate(DRAW.prompts)]
+    model = build(config, lora=lora)
+    trainer = LoggedTrainer(
+        settings=SoftSettings(
+            name="soft",
+            regularizer=Regularizer(num_prompts=len(DRAW.prompts), max_new_tokens=DRAW.max_new_tokens),
+        ),
+        sampling_prompts=Dataset.from_list(prompts),
+        model=model.unload() if lora else model,
+        ref_model=None if lora else copy.deepcopy(model),
+        peft_config=model.peft_config["default"] if lora else None,
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=accumulation,
+            gradient_checkpointing=checkpointing,
+            bf16=precision == "bf16",
+            max_steps=2,
+            max_length=None,
+            remove_unused_columns=False,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset={},
+        processing_class=build_tokenizer(),
+        layout=layout,
+    )
+    trainer.train()
+
+    found = trace_step(
+        on_meta(config, lora=lora),
+        StepShape(
+            batch,
+            layout,
+            "adapter_disabled" if lora else "copy",
+            precision,
+            checkpointing,
+            accumulates=accumulation > 1,
+            device="cpu",
+            samples=DRAW.examples(accumulation),
+            kept_positions=DRAW.tokens,
+        ),
+    )
+    assert sum(found.values()) == pytest.approx(trainer.peak, rel=0.1), found
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_writing_samples_takes_what_it_really_takes(name: str, lora: bool, precision: str) -> None:
+    """A wider and a deeper model, whose parts weigh differently; GPT-2 is as it is."""
+    model = build(CONFIGS[name], lora=lora)
+    log = AllocationLog()
+    with log:
+        log.own(model.parameters(), "weights")
+        sample_responses(
+            model,
+            [[1] * length for length in DRAW.prompts],
+            max_new_tokens=DRAW.max_new_tokens,
+            stop_ids=(),
+            padding_id=0,
+            seed=0,
+            autocast=lambda: torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"),
+        )
+    measured = sum(log.peak().values()) - size(model.parameters())
+
+    expected = sum(sampling_bytes(on_meta(CONFIGS[name], lora=lora), DRAW, precision).values())
+    assert expected == pytest.approx(measured, rel=0.25)
 
 
 def test_trl_still_tiles_its_head_as_assumed() -> None:

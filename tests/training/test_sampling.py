@@ -1,9 +1,12 @@
 """Sampled responses come from the policy's own distribution, and nothing else changes by drawing them."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import GenerationConfig
 
@@ -148,6 +151,7 @@ def test_log_probabilities_as_generated_are_those_of_a_padded_scoring(
     steps: list[Tensor] = []
     forward = model.forward
 
+    @functools.wraps(forward)  # the library looks at its arguments
     def watched(*args: Any, **kwargs: Any) -> Any:
         outputs = forward(*args, **kwargs)
         steps.append(outputs.logits[:, -1].float().log_softmax(-1))
@@ -295,11 +299,18 @@ def test_a_draw_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.Monkey
     assert model.config._attn_implementation == "flex_attention"
 
 
-@pytest.mark.parametrize(("family", "instead"), [("llama", "sdpa"), ("gemma2", "eager")])
-def test_flex_attention_is_switched_off_meanwhile(family: str, instead: str) -> None:
-    """For one that computes the same: sdpa would drop the soft cap."""
-    expected = draw(build(family))
-    model = build(family, attn_implementation="flex_attention")
+@pytest.mark.parametrize(
+    ("family", "instead", "changes"),
+    [
+        ("llama", "sdpa", {}),
+        ("gemma2", "eager", {}),
+        ("gemma3_text", "eager", {"attn_logit_softcapping": 0.5}),
+    ],
+)
+def test_flex_attention_is_switched_off_meanwhile(family: str, instead: str, changes: dict[str, Any]) -> None:
+    """For one that computes the same: sdpa would drop a soft cap, where it is possible at all."""
+    expected = draw(build(family, attn_implementation=instead, **changes))
+    model = build(family, attn_implementation="flex_attention", **changes)
     used = set()
     model.model.layers[0].register_forward_pre_hook(lambda *_: used.add(model.config._attn_implementation))
 
@@ -342,3 +353,20 @@ def test_the_precision_is_the_callers() -> None:
     draw(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
 
     assert types == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_model_that_accelerate_has_prepared_gives_the_same_samples(family: str) -> None:
+    """Through its wrapper of the forward pass the library must still see that the model takes positions."""
+    model = build(family)
+    Layout("pieces").prepare(model)
+    expected = draw(model, autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        assert Accelerator(mixed_precision="bf16", cpu=True).prepare_model(model) is model
+    finally:  # it is the process's, and other tests want another precision
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+    assert "forward" in vars(model)
+    assert draw(model) == expected

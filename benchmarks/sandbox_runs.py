@@ -3,18 +3,22 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.runs import metrics
-from prefopt_cli.sandbox.bench import ScoreSettings
-from prefopt_cli.sandbox.score import score
+from prefopt_cli.sandbox.bench import Bench
+from prefopt_cli.sandbox.plan import ScoreSettings, plan_score
+from prefopt_cli.sandbox.world import open_world
 from prefopt_cli.training.reporting import Silent
 from prefopt_cli.training.run import train
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+
+BASE = "sandbox:base"
 
 UNWATCHED = ("dataset.eval={}", "training.eval_strategy=no")
 
@@ -29,20 +33,25 @@ def train_policy(recipe: str, overrides: Sequence[str], seed: int, run: Path) ->
     return run
 
 
-def judge(run: Path, settings: ScoreSettings, figures: Sequence[str], target: str = "closed-form") -> Row:
+def judge(run: Path, settings: ScoreSettings, figures: Sequence[str]) -> Row:
     """Gold reward, win rate and the named figures of a run on held-out prompts: [value, low, high] each."""
-    report = score([str(run)], settings=settings, target=target)
-    judged = report.policies[0]
+    bench = _bench(settings)
+    opponent = bench.look_at(BASE)
+    base, judged = opponent.score(), bench.look_at(str(run)).score(opponent)
     return {
-        "target": report.target,
         "win_rate": judged.win_rates["helpful"],
         "gain": judged.changes["reward/helpful"],
-        **{name: judged.figures[name] for name in figures if name in judged.figures},
-        "base": {
-            name: report.opponent.figures[name].value for name in figures if name in report.opponent.figures
-        },
+        **{name: judged.figures[name] for name in figures},
+        "base": {name: base.figures[name].value for name in figures},
         "tokens": last_tokens(run),
     }
+
+
+@lru_cache(maxsize=1)
+def _bench(settings: ScoreSettings) -> Bench:
+    """The base policy is looked at once in each process."""
+    plan = plan_score([BASE], dimension="helpful", settings=settings)
+    return Bench(open_world(plan.seed), plan)
 
 
 def last_tokens(run: Path) -> int:

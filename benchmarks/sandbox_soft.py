@@ -32,16 +32,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.sandbox_runs import Row, judge, run_all, train_policy
 from benchmarks.sandbox_soft_report import draw, report
 from prefopt_cli.runs import environment
-from prefopt_cli.sandbox.bench import ScoreSettings
 from prefopt_cli.sandbox.measure import exact_logps
+from prefopt_cli.sandbox.plan import ScoreSettings
 from prefopt_cli.sandbox.rewards import reward_table
 from prefopt_cli.sandbox.targets import softmax_target, total_variation
 from prefopt_cli.sandbox.world import open_world
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SETTINGS = ScoreSettings(prompts=150, per_prompt=16, exact_prompts=12)
-FIGURES = ("kl", "entropy", "distinct", "well_formed", "reward/helpful", "total_variation")
+SETTINGS = ScoreSettings(prompts=150, per_prompt=16, exact_prompts=0)
+ENUMERATED = 12
+"""Held-out prompts on which the distance to the optimum is computed over all replies."""
+FIGURES = ("kl", "entropy", "distinct", "well_formed", "reward/helpful")
 
 WITHOUT_KL = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 WITH_KL = ((0.5, 0.03), (0.5, 0.1), (0.5, 0.3), (0.5, 1.0), (0.25, 0.1), (0.25, 0.3), (0.25, 1.0))
@@ -66,7 +68,8 @@ def work(job: Row) -> Row:
         run = Path(folder) / "run"
         if job["method"] == "gpo":
             overrides = [f"method.beta={job['beta']}", "training.save_strategy=no"]
-            return judge(train_policy("gpo-sandbox", overrides, job["seed"], run), SETTINGS, FIGURES)
+            row = judge(train_policy("gpo-sandbox", overrides, job["seed"], run), SETTINGS, FIGURES)
+            return {**row, "distances": None}
         alpha = job["alpha"]
         overrides = [f"method.alpha={alpha}", f"method.kl_coef={job['kl_coef']}"]
         if "kind" in job:  # a list of four has the replies of two pairs
@@ -75,7 +78,7 @@ def work(job: Row) -> Row:
         free = job["kl_coef"] == 0
         overrides += [f"training.save_steps={DURING}"] if free else ["training.save_strategy=no"]
         train_policy("soft-sandbox", overrides, job["seed"], run)
-        row = judge(run, SETTINGS, FIGURES, f"softmax:{alpha}")
+        row = judge(run, SETTINGS, FIGURES)
         return {**row, "distances": distances(run, alpha) if free else None}
 
 
@@ -92,7 +95,7 @@ def distances(run: Path, alpha: float) -> list[tuple[int, float]]:
 def prompts() -> Any:
     """The enumerated prompts, of the world that the recipes name."""
     world = open_world(0)
-    return world, [row.prompt for row in world.pool("test")[: SETTINGS.exact_prompts]]
+    return world, [row.prompt for row in world.pool("test")[:ENUMERATED]]
 
 
 def distance(folder: Path | None, alpha: float) -> float:
@@ -123,7 +126,7 @@ def main() -> None:
         kept = options.rows or Path(folder) / "rows.jsonl"
         rows = list(run_all(jobs(options.seeds), work, kept, options.processes))
     versions = environment.versions()
-    text = report(rows, versions, SETTINGS)
+    text = report(rows, versions, SETTINGS, ENUMERATED)
     print(text)
     if options.print_only:
         return

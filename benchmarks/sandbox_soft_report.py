@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.sandbox_runs import Row
-from prefopt_cli.sandbox.bench import ScoreSettings
+from prefopt_cli.sandbox.plan import ScoreSettings
 
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom."""
@@ -71,7 +71,7 @@ def table(head: list[str], lines: list[list[str]]) -> list[str]:
     ]
 
 
-def report(rows: list[Row], versions: dict[str, str], settings: ScoreSettings) -> str:
+def report(rows: list[Row], versions: dict[str, str], settings: ScoreSettings, enumerated: int) -> str:
     """Markdown."""
     seeds = len({row["job"]["seed"] for row in rows})
     base = rows[0]["base"]
@@ -83,7 +83,7 @@ def report(rows: list[Row], versions: dict[str, str], settings: ScoreSettings) -
         "mean ± half a 95 % interval over the seeds (Student's t). Win rates are by the gold reward `helpful` against "
         f"the base policy (gold reward {base['reward/helpful']:.2f}, entropy {base['entropy']:.2f} nats, "
         f"{base['distinct']:.1%} of a prompt's samples distinct). Total variation is exact, on "
-        f"{settings.exact_prompts} prompts. Runs on pairs are one epoch of 64 pairs a step, those on lists (of four "
+        f"{enumerated} prompts. Runs on pairs are one epoch of 64 pairs a step, those on lists (of four "
         "replies) two epochs of 64 lists a step. Made by `python -m benchmarks.sandbox_soft`.",
         "",
         "## 1. Without KL: towards softmax(r / alpha)",

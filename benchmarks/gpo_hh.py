@@ -79,8 +79,10 @@ def delta(folder: Path, pairs: list[Example]) -> np.ndarray:
     """log p(chosen) - log p(rejected) of every held-out pair, in nats."""
     model, layout = AutoModelForCausalLM.from_pretrained(folder), Layout()
     layout.prepare(model)
-    with tempfile.TemporaryDirectory() as scratch, ScoreCache(Path(scratch)) as cache:
-        scores = score_frozen(model, pairs, policy=Policy(str(folder), str(folder)), cache=cache, layout=layout)
+    with tempfile.TemporaryDirectory() as scratch, ScoreCache(Path(scratch, "scores")) as cache:
+        scores = score_frozen(
+            model, pairs, policy=Policy(str(folder), str(folder)), cache=cache, layout=layout
+        )
     chosen, rejected = np.array(scores.logps).T
     return chosen - rejected
 

@@ -43,6 +43,7 @@ from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
 from prefopt_cli.training.gpo import GPOTrainer
 from prefopt_cli.training.memory import MemoryEstimate, Sampling, estimate_memory, format_bytes
+from prefopt_cli.training.sampling_prompts import SamplingPrompts
 from prefopt_cli.training.soft import SoftTrainer
 from prefopt_cli.training.trainer import REFERENCE_COLUMNS, PreferenceTrainer
 
@@ -209,7 +210,7 @@ def trainer_class(case: Case) -> Callable[..., PreferenceTrainer]:
     regularizer = Regularizer(num_prompts=case.samples, max_new_tokens=case.length // 2)
     prompts = Dataset.from_list(random_pairs(case, case.samples)).select_columns(["row_id", "prompt_ids"])
     settings = SoftSettings(name="soft", regularizer=regularizer)
-    return partial(SoftTrainer, settings=settings, sampling_prompts=prompts)
+    return partial(SoftTrainer, settings=settings, sampling=SamplingPrompts(prompts, case.length // 2))
 
 
 def random_pairs(case: Case, count: int) -> list[dict[str, Any]]:
@@ -339,9 +340,10 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 `python benchmarks/memory.py`; {facts}.
 
-Random models, prefopt's `{GPOTrainer.__name__}` (`soft-16`: `{SoftTrainer.__name__}` with 16 samples), two steps, one process per case; float32 unless the case says bf16
+Random models, prefopt's `{GPOTrainer.__name__}`, two steps, one process per case; float32 unless the case says bf16
 (autocast), fused AdamW unless it names another. `4x512` is 4 pairs of a prompt of 256 tokens and responses of 256
 and 240. Batches are packed and reference scores are known, unless the case says padded or reference-pass.
+`soft-16` is `{SoftTrainer.__name__}` with the KL to the reference on 16 samples, half prompt, half response.
 The estimate comes from the configuration alone, within seconds. {CUDA_MEASURE if DEVICE == "cuda" else CPU_MEASURE}
 
 Ratio = estimate / measured. {verdicts}

@@ -37,7 +37,9 @@ CONTEXT_SHOWN, TRAINED_SHOWN, END_SHOWN = 16, 24, 8
 def check(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    pairs: Annotated[int, typer.Option("--pairs", min=0, help="Pairs to show token by token.")] = 2,
+    pairs: Annotated[
+        int, typer.Option("--pairs", min=0, help="Pairs (or lists) to show token by token.")
+    ] = 2,
     device: Annotated[
         str, typer.Option("--device", help="Where the run will take place: auto, cpu or cuda.")
     ] = "auto",
@@ -95,12 +97,12 @@ def _print(found: "Inspection", recipe: str, console: "Console") -> None:
             )
         line()
     line(f"Loss: {found.method}.")
-    if found.packing.reference != "none":
+    if found.reference:
         line(f"Reference policy: {found.reference}; {REFERENCE_USES[found.packing.reference]}.")
     line(f"Steps: {found.steps} of {found.rows_per_step} {_rows(found)} per process.")
     _print_sampling(found, console)
     line()
-    _print_packing(found.packing, console)
+    _print_packing(found.packing, _rows(found), console)
     line()
     _print_memory(found, console)
     for note in found.notes:
@@ -119,13 +121,19 @@ def _print_sampling(found: "Inspection", console: "Console") -> None:
     if plan is None:
         return
     draws = -(-found.steps // plan.every)
+    with_what = "With the frozen policy they" if "frozen policy" in found.memory.parts else "They"
     console.print(
-        f"Samples: {draws} draws of {plan.per_draw} responses per process, one every {plan.every} steps, each of at "
-        f"most {plan.max_new_tokens} tokens, to {plan.prompts:,} prompts. With the reference they add at most "
-        f"{format_bytes(plan.extra_memory)} to the peak of memory.",
+        f"Samples: {_count(plan.per_draw, 'response')} per process, drawn {_count(draws, 'time')}, every "
+        f"{_count(plan.every, 'step')}; each of at most {_count(plan.max_new_tokens, 'token')}, to one of "
+        f"{_count(plan.prompts, 'prompt')}. {with_what} add at most {format_bytes(plan.extra_memory)} to the peak of "
+        "memory.",
         markup=False,
         soft_wrap=True,
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _mask_line(mask: "MaskedResponse", *, colour: bool) -> "Text":
@@ -153,7 +161,7 @@ def _visible(token: str) -> str:
     return token.replace("\n", "\\n").replace("\t", "\\t")
 
 
-def _print_packing(packing: "Packing", console: "Console") -> None:
+def _print_packing(packing: "Packing", rows: str, console: "Console") -> None:
     from prefopt_cli.cli.tables import Column, print_table
 
     def line(text: str) -> None:
@@ -165,7 +173,7 @@ def _print_packing(packing: "Packing", console: "Console") -> None:
         line(f"Layout: padded rows, because {packing.reason}.")
     padded = (f"{packing.padded_tokens:,.0f}", f"{packing.padding_share:.0%}")
     own = (f"{packing.packed_tokens:,.0f}", "none") if packing.packed else padded
-    title = f"a batch of {packing.rows} (mean of {packing.batches:,})"
+    title = f"a batch of {packing.rows} {rows} (mean of {packing.batches:,})"
     names = ["tokens through the model", "of them padding", "of them in responses"]
     responses = f"{packing.response_tokens:,.0f}"
     print_table(
@@ -174,15 +182,27 @@ def _print_packing(packing: "Packing", console: "Console") -> None:
         [Column("TRL's padded rows", [*padded, responses]), Column("prefopt", [*own, responses])],
     )
     if packing.reference in ("samples", "none"):
+        left_out = ", the samples not counted" if packing.reference == "samples" else ""
         line(
-            f"Predicted from the arithmetic: {packing.speedup_precomputed:.1f} times as fast as on padded rows, not "
-            "counting the samples."
+            f"Predicted from the arithmetic: {packing.speedup_precomputed:.1f} times as fast as on padded rows"
+            f"{left_out}."
         )
         return
     line(
         f"Predicted from the arithmetic: {packing.speedup:.1f} times as fast as TRL's step as it comes, "
         f"{packing.speedup_precomputed:.1f} times with its reference precomputed."
     )
+
+
+def _peak(found: "Inspection") -> str:
+    """What the memory estimate is of."""
+    if found.memory.phase == "sampling":
+        return "there while samples are drawn, those of the longest prompts and as long as they may become"
+    batch = (
+        "that of the heaviest batch of an epoch in random order, with "
+        f"{found.packing.heaviest_tokens:,} tokens through the model"
+    )
+    return batch if found.sampling is None else f"{batch}, and of samples as long as they may become"
 
 
 def _print_memory(found: "Inspection", console: "Console") -> None:
@@ -203,10 +223,6 @@ def _print_memory(found: "Inspection", console: "Console") -> None:
     for part, size in rows.items():
         table.add_row(part, format_bytes(size), style="bold" if part == "total" else "")
     console.print(table)
-    console.print(
-        f"It is that of the heaviest batch of an epoch in random order, with {found.packing.heaviest_tokens:,} "
-        "tokens through the model.",
-        soft_wrap=True,
-    )
+    console.print(f"It is {_peak(found)}.", soft_wrap=True)
     for note in memory.notes:
         console.print(f"Note: {note}", markup=False, soft_wrap=True)

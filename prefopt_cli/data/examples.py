@@ -57,8 +57,13 @@ class Comparison:
 
     @property
     def key(self) -> bytes:
-        """Equal for rows that say the same: a digest of prompt, responses and ranks."""
-        return text_key(self.prompt, self.responses, self.ranks)
+        """Equal for rows that say the same: a digest of prompt, responses and ranks, in any order of what ties."""
+        if len(set(self.ranks)) == len(self.ranks):
+            return text_key(self.prompt, self.responses, self.ranks)
+        tied = sorted(
+            (rank, text_key(one).hex()) for rank, one in zip(self.ranks, self.responses, strict=True)
+        )
+        return text_key(self.prompt, tied)
 
     @property
     def is_chat(self) -> bool:

@@ -7,12 +7,13 @@ table's order, so no format is described twice. Formats of lists are in ``format
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from prefopt_cli.data.examples import Example, Text, shared_length
 from prefopt_cli.data.fields import Row, Unfit, kind, messages, response, text
-from prefopt_cli.data.formats_lists import best_of_n, ranked, scored, scores_contradict_ranking
+from prefopt_cli.data.formats_lists import best_of_n, ranked, scored
 from prefopt_cli.data.receipt import MALFORMED, NO_SHARED_PROMPT
 from prefopt_cli.errors import UserError
 
@@ -102,14 +103,17 @@ def prompt_only(row: Row) -> Example:
 class Format(NamedTuple):
     """How a row is read, and what it must look like, for error messages.
 
-    ``lists``: rows hold a list of responses, of which unusable ones can be left out.
+    ``lists``: rows hold a list of responses, of which unusable ones can be left out. ``columns``: where a row has
+    all of these, this is the format that was meant.
     """
 
     read: Callable[[Row], Example]
     expects: str
     lists: bool = False
+    columns: tuple[str, ...] = ()
 
 
+LISTED = ("prompt", "responses")
 LISTS = "prompt: text or messages, responses: a list of them"
 
 FORMATS = {
@@ -122,9 +126,9 @@ FORMATS = {
         hh_transcript, r"chosen, rejected: '\n\nHuman: ...\n\nAssistant: ...' that start alike"
     ),
     "implicit_standard": Format(implicit_standard, "chosen, rejected: text that starts alike"),
-    "ranked": Format(ranked, f"{LISTS}, ranking: a number each, lower is better", lists=True),
-    "scored": Format(scored, f"{LISTS}, scores: a number each, higher is better", lists=True),
-    "best_of_n": Format(best_of_n, f"{LISTS}, best: the number of the best, from 0", lists=True),
+    "ranked": Format(ranked, f"{LISTS}, ranking: a number each, lower is better", True, (*LISTED, "ranking")),
+    "scored": Format(scored, f"{LISTS}, scores: a number each, higher is better", True, (*LISTED, "scores")),
+    "best_of_n": Format(best_of_n, f"{LISTS}, best: the number of the best, from 0", True, (*LISTED, "best")),
 }
 """Tried in this order: every transcript would also be read as implicit_standard."""
 
@@ -141,8 +145,6 @@ PROMPT_FORMATS = {
 def detect(rows: Sequence[Row], where: str, formats: Mapping[str, Format] = FORMATS) -> str:
     """The first of ``formats`` that reads most of ``rows``, else the one that reads the most of them.
 
-    Rows with a ranking that their own scores contradict count as scored, not as ranked.
-
     Raises:
         UserError: no format reads a single row; the message names the columns found in ``where``.
     """
@@ -150,8 +152,25 @@ def detect(rows: Sequence[Row], where: str, formats: Mapping[str, Format] = FORM
     most = [name for name, count in fits.items() if 2 * count > len(rows)]
     best = most[0] if most else max(fits, key=lambda name: fits[name])
     if not fits[best]:
-        raise UserError(unfit_message(rows, where, "auto", formats=formats))
-    return "scored" if best == "ranked" and any(map(scores_contradict_ranking, rows)) else best
+        meant = next((name for name, each in formats.items() if _has_columns(rows, each)), "auto")
+        reason = _commonest_reason(rows, formats[meant]) if meant in formats else ""
+        raise UserError(unfit_message(rows, where, meant, reason, formats))
+    return best
+
+
+def _has_columns(rows: Sequence[Row], format: Format) -> bool:
+    return bool(format.columns) and set(format.columns) <= set(rows[0])
+
+
+def _commonest_reason(rows: Sequence[Row], format: Format) -> str:
+    """Why the rows cannot be read in a format that reads none of them."""
+    reasons: Counter[str] = Counter()
+    for row in rows:
+        try:
+            format.read(row)
+        except Unfit as reason:
+            reasons[str(reason)] += 1
+    return reasons.most_common(1)[0][0]
 
 
 def _fits(format: Format, row: Row) -> bool:
@@ -175,12 +194,10 @@ def unfit_message(
     wanted = "\n".join(f"    {name:<24} {formats[name].expects}" for name in names)
     because = f" ({reason})" if reason else ""
     problem = "no format fits its rows" if format == "auto" else f"no row can be read as {format}{because}"
-    return (
-        f"{where}: {problem}\n"
-        f"  columns found: {found}\n"
-        f"  expected:\n{wanted}\n"
-        "  rename columns with `columns: {prompt: <your column>, ...}` or choose another `format:`"
-    )
+    hint = "  rename columns with `columns: {prompt: <your column>, ...}` or choose another `format:`"
+    if format in formats and _has_columns(rows, formats[format]):
+        hint = "  the columns are there; mend their values, or choose another `format:`"
+    return f"{where}: {problem}\n  columns found: {found}\n  expected:\n{wanted}\n{hint}"
 
 
 def _kind_in(rows: Sequence[Row], column: str) -> str:

@@ -14,6 +14,7 @@ from prefopt_cli.data import receipt
 from prefopt_cli.data.examples import Comparison, Example, Progress, Text, plain_text
 from prefopt_cli.data.fields import Row, Unfit
 from prefopt_cli.data.formats import FORMATS, PROMPT, PROMPT_FORMATS, Format, detect, unfit_message
+from prefopt_cli.data.formats_lists import scores_contradict_ranking
 from prefopt_cli.data.lists import first_of_each, nothing_to_compare, subset
 from prefopt_cli.data.receipt import Tally
 from prefopt_cli.errors import UserError
@@ -67,6 +68,8 @@ def read_rows(
     formats, use = (PROMPT_FORMATS, _prompt_alone) if prompts_only else (FORMATS, _comparable)
     given = source.format if source.format in formats else PROMPT
     format = detect(sample, label, formats) if source.format == "auto" else given
+    if source.format == "auto" and format == "ranked" and _is_order(matching, source):
+        format = "scored"
     found = SourceRows(label, format, [], tally)
     known = set(seen)
     for done, (number, row) in enumerate(zip(kept, _rows(matching, source), strict=True), start=1):
@@ -76,6 +79,17 @@ def read_rows(
     if reason := _all_unfit(found, len(kept)):
         raise UserError(unfit_message(sample, label, format, reason, formats))
     return found
+
+
+def _is_order(dataset: datasets.Dataset, source: Source) -> bool:
+    """Whether the rows' ``ranking`` are numbers of responses in order, and not ranks, as the scores beside it say."""
+    names = {role: source.columns.get(role, role) for role in ("prompt", "responses", "ranking", "scores")}
+    if not set(names.values()) <= set(dataset.column_names):
+        return False
+    columns = dataset.select_columns(list(dict.fromkeys(names.values())))
+    return any(
+        scores_contradict_ranking(row) for row in _rows(columns, source.model_copy(update={"columns": names}))
+    )
 
 
 def _take(

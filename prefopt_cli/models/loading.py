@@ -96,6 +96,7 @@ def load_model(
         "have another shape": [key for key, *_ in loaded["mismatched_keys"]],
     }
     _require_all_weights(f"model {source.place}", faulty)
+    _mend_generation_settings(model, source)
     if source.adapter is None:
         return model
     trains_adapter = isinstance(adapter, LoraAdapter)
@@ -105,6 +106,33 @@ def load_model(
     # peft froze the weights under the adapter; merged, they are what is trained.
     merged: PreTrainedModel = with_adapter.merge_and_unload().requires_grad_(True)
     return merged
+
+
+def _mend_generation_settings(model: PreTrainedModel, source: PolicySource) -> None:
+    """Settings that transformers refuses to save, as older models have them, must not end a run at its first save.
+
+    Raises:
+        UserError: they contradict each other in another way than sampling settings without `do_sample`.
+    """
+    settings = model.generation_config
+    if settings is None or _is_saveable(settings):
+        return
+    settings.do_sample = True  # what temperature, top_k or top_p beside it say
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        raise UserError(
+            f"model {source.place}: its generation_config.json contradicts itself, and no checkpoint could be saved. "
+            f"Mend or delete that file. ({' '.join(str(error).split())})"
+        ) from error
+
+
+def _is_saveable(settings: Any) -> bool:
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def weights_dtype(settings: ModelSettings, adapter: LoraAdapter | str) -> torch.dtype | str:

@@ -212,6 +212,16 @@ def _lists_for_the_method(settings: Settings) -> Iterator[Problem]:
         )
 
 
+def _weights_need_pairs_to_compare(settings: Settings) -> Iterator[Problem]:
+    weighted = settings.get("method", "mu") not in (None, "none")
+    if weighted and settings.training("per_device_train_batch_size") == 1:
+        yield Problem(
+            ("method", "mu"),
+            "weighs the pairs that go through the model together, and per_device_train_batch_size is 1; use at least "
+            "2, or mu: none",
+        )
+
+
 def _soft_without_reference_scores(settings: Settings) -> Iterator[Problem]:
     if settings.get("method", "name") != "soft":
         return
@@ -260,6 +270,7 @@ CHECKS: tuple[Check, ...] = (
     _step_counts,
     _prefetch_needs_workers,
     _lists_for_the_method,
+    _weights_need_pairs_to_compare,
     _soft_without_reference_scores,
     _model_of_a_scheme,
     _data_of_a_scheme,

@@ -73,7 +73,11 @@ class Regularizer(Section):
     num_prompts: int = Field(
         default=16, gt=0, description="Prompts of a draw, with one sample each, in every process."
     )
-    max_new_tokens: int = Field(default=256, gt=0, description="Longest sample, in tokens.")
+    max_new_tokens: int | None = Field(
+        default=None,
+        gt=0,
+        description="Longest sample, in tokens; null: 256, or half of the model's context where that is less.",
+    )
     prompts: Sources | None = Field(
         default=None, description="Where the prompts come from; null: the prompts of dataset.train."
     )
@@ -103,7 +107,8 @@ class SoftSettings(Section):
     ] = Field(default="none", description="Weights of pairs: none, or {gamma: 0.1}.")
     mu_clamp: float = Field(default=5.0, gt=0.0, description="log mu stays within plus or minus this.")
     regularizer: Regularizer = Field(
-        default=Regularizer(), description="The samples that the KL is taken over; none are drawn with kl_coef: 0."
+        default=Regularizer(),
+        description="The samples that the KL is taken over; none are drawn with kl_coef: 0.",
     )
 
     @property

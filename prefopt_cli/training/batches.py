@@ -39,6 +39,13 @@ def examples_of(rows: Dataset) -> list[Example]:
     return [example(row) for row in range(len(rows))]
 
 
+def padding_id(tokenizer: Any, config: Any) -> int:
+    """A token to fill rows up with, masked everywhere: the padding token, if the model has an embedding of it."""
+    wanted, vocabulary = tokenizer.pad_token_id, getattr(config.get_text_config(), "vocab_size", None)
+    known = wanted is not None and (vocabulary is None or wanted < vocabulary)
+    return int(wanted) if known else int(tokenizer.eos_token_id or 0)
+
+
 class ComparisonCollator:
     """Rows to one batch of a layout.
 

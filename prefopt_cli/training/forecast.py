@@ -23,7 +23,6 @@ from prefopt_cli.scoring.savings import (
 from prefopt_cli.training.extent import row_lengths
 from prefopt_cli.training.objectives import Objective, precomputes
 from prefopt_cli.training.preparation import Prepared, training_field
-from prefopt_cli.training.reference import longest_sample
 
 FLOAT32_BYTES = 4
 
@@ -97,7 +96,7 @@ def padding_reason(recipe: Recipe, prepared: Prepared) -> str | None:
     model = plain_model(prepared.skeleton)
     reason = unsuited(
         model,
-        longest=max(prepared.longest, longest_sample(recipe, prepared)),
+        longest=max(prepared.longest, prepared.sampling.longest if prepared.sampling else 0),
         router_loss=wants_router_loss(model.config, training_field(given, "router_aux_loss_coef")),
         neftune=training_field(given, "neftune_noise_alpha") is not None,
     )

@@ -62,11 +62,12 @@ class FiniteGuard(TrainerCallback):
                 f"{step}: the KL to the reference on the policy's own samples is not finite. The step was not taken. "
                 "Look at the run's samples.jsonl; a lower training.learning_rate or method.kl_coef often helps."
             )
+        also = " and at the samples in samples.jsonl" if samples else ""
         indices = torch.cat([index for _, index in seen])
         what, blamed = ("gradient", indices) if of_rows.all() else ("loss", indices[~of_rows])
         raise NotFiniteError(
             f"{step}: the {what} is not finite. Rows: {', '.join(self._row_ids(blamed.tolist()))}. The step was not "
-            "taken. Look at these rows; a lower training.learning_rate or training.max_grad_norm often helps."
+            f"taken. Look at these rows{also}; a lower training.learning_rate or training.max_grad_norm often helps."
         )
 
 

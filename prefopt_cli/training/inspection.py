@@ -31,7 +31,7 @@ class MaskedResponse:
 
     row_id: str
     side: str
-    """chosen, rejected, or in a list response 1, the best, response 2, ..."""
+    """chosen, rejected, or in a list response 1, the best, response 2, ...; it is said where several tie."""
     rank: int
     """0 is best."""
     context: list[str]
@@ -60,7 +60,8 @@ class Inspection:
     """The findings of a check."""
 
     method: str
-    reference: str
+    reference: str | None
+    """None where the method asks no reference policy."""
     receipt: dict[str, Any]
     masks: list[MaskedResponse]
     packing: Packing
@@ -86,7 +87,7 @@ def inspect(
         recipe_folder: where a user's own f is looked for first.
         reporter: told what happens.
         device: where the run is to take place; None stands for this machine's.
-        pairs: how many pairs to show token by token.
+        pairs: how many pairs (or lists) to show token by token.
 
     Raises:
         UserError: what would stop `prefopt train`, with the same message.
@@ -108,7 +109,9 @@ def inspect(
     memory = _memory(recipe, prepared, ahead, device, sampling)
     return Inspection(
         method=objective.description,
-        reference=describe_reference(prepared.source, recipe.adapter),
+        reference=None
+        if objective.reference == "none"
+        else describe_reference(prepared.source, recipe.adapter),
         receipt=prepared.tokens.receipt.to_dict(),
         masks=_masks(prepared, pairs),
         packing=ahead.packing,
@@ -137,11 +140,17 @@ def _masks(prepared: Prepared, count: int) -> list[MaskedResponse]:
         prompt = row["prompt_ids"]
         for number, (response, rank) in enumerate(zip(row["response_ids"], row["ranks"], strict=True)):
             pieces = _pieces(prepared.tokenizer, prompt + response)
-            side = SIDES[number] if len(row["ranks"]) == 2 else f"response {number + 1}"
+            side = _side(row["ranks"], number)
             masks.append(
                 MaskedResponse(row["row_id"], side, rank, pieces[: len(prompt)], pieces[len(prompt) :])
             )
     return masks
+
+
+def _side(ranks: list[int], number: int) -> str:
+    if len(ranks) == 2:
+        return SIDES[number]
+    return f"response {number + 1}{' (tied)' if ranks.count(ranks[number]) > 1 else ''}"
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
@@ -157,12 +166,12 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
 def _sampling(recipe: Recipe, prepared: Prepared) -> Sampling | None:
     """The heaviest draw: of the longest prompts, every sample running into the limit."""
     regularizer = sampling_settings(recipe)
-    if regularizer is None or prepared.sampling_prompts is None:
+    if regularizer is None or prepared.sampling is None:
         return None
-    lengths = np.sort(prompt_lengths(prepared.sampling_prompts))[::-1]
+    lengths = np.sort(prompt_lengths(prepared.sampling.rows))[::-1]
     return Sampling(
         tuple(np.resize(lengths[: regularizer.num_prompts], regularizer.num_prompts).tolist()),
-        regularizer.max_new_tokens,
+        prepared.sampling.max_new_tokens,
     )
 
 
@@ -175,14 +184,14 @@ def _sampling_plan(
     sampling: Sampling | None,
 ) -> SamplingPlan | None:
     regularizer = sampling_settings(recipe)
-    if sampling is None or regularizer is None or prepared.sampling_prompts is None:
+    if sampling is None or regularizer is None or prepared.sampling is None:
         return None
     without = _memory(recipe, prepared, ahead, device, None)
     return SamplingPlan(
-        prompts=len(prepared.sampling_prompts),
+        prompts=len(prepared.sampling.rows),
         per_draw=regularizer.num_prompts,
         every=regularizer.sample_every,
-        max_new_tokens=regularizer.max_new_tokens,
+        max_new_tokens=prepared.sampling.max_new_tokens,
         extra_memory=memory.total - without.total,
     )
 

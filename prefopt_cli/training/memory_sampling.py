@@ -83,4 +83,6 @@ def _cast_bytes(model: nn.Module) -> int:
         if weight.ndim > 1 and weight.element_size() > LOW_BYTES
     )
     kept = sum(weight.numel() for weight in matrices if weight.requires_grad)
-    return LOW_BYTES * (kept + max((weight.numel() for weight in matrices if not weight.requires_grad), default=0))
+    return LOW_BYTES * (
+        kept + max((weight.numel() for weight in matrices if not weight.requires_grad), default=0)
+    )

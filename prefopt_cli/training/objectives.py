@@ -62,15 +62,20 @@ def _gpo(settings: GPOSettings, folder: Path) -> Objective:
 
 
 def _soft(settings: SoftSettings) -> Objective:
-    alpha = f"soft: without KL the optimum is softmax(r / {settings.alpha:g})"
     regularizer = settings.regularizer
+    parts = [f"soft: alpha = {settings.alpha:g}"]
+    if settings.length_normalize:
+        parts[0] += " on log-probabilities per token"
+    elif not settings.samples:
+        parts[0] += f", whose optimum is softmax(r / {settings.alpha:g})"
+    if settings.mu != "none":
+        parts.append(f"pairs weighted by mu (gamma {settings.mu.gamma:g}) within each micro-batch")
     if settings.samples:
-        alpha += (
-            f"; {settings.kl_coef:g} KL to the reference on {regularizer.num_prompts} samples per process, drawn every "
+        parts.append(
+            f"{settings.kl_coef:g} KL to the reference on {regularizer.num_prompts} samples per process, drawn every "
             f"{regularizer.sample_every} steps ({regularizer.estimator} estimator)"
         )
     else:
-        alpha += "; kl_coef is 0, so there is no KL to the reference"
-    return Objective(
-        alpha, {}, "samples" if settings.samples else "none", partial(SoftTrainer, settings=settings)
-    )
+        parts.append("kl_coef is 0, so there is no KL to the reference, and method.regularizer is not used")
+    use: ReferenceUse = "samples" if settings.samples else "none"
+    return Objective("; ".join(parts), {}, use, partial(SoftTrainer, settings=settings))

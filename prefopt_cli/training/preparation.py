@@ -16,7 +16,7 @@ from prefopt_cli.recipe.schema import TAKE_LISTS, Recipe, Regularizer, SoftSetti
 from prefopt_cli.recipe.training_fields import OWN_FIELDS
 from prefopt_cli.training.extent import largest_id, longest_row, row_lengths
 from prefopt_cli.training.reporting import Reporter
-from prefopt_cli.training.sampling_prompts import sampling_prompts
+from prefopt_cli.training.sampling_prompts import SamplingPrompts, sampling_prompts
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Prepared:
     """The policy as it will be trained, on the meta device."""
     tokenizer: PreTrainedTokenizerBase
     tokens: data.TokenizedData
-    sampling_prompts: Dataset | None = None
-    """Columns `row_id` and `prompt_ids`: what the policy is asked during training, where the method samples it."""
+    sampling: SamplingPrompts | None = None
+    """What the policy is asked during training, where the method samples it."""
 
     @property
     def longest(self) -> int:
@@ -107,15 +107,16 @@ def require_fit(config: Any, tokens: data.TokenizedData) -> None:
     """
     text_config = config.get_text_config()
     context = getattr(text_config, "max_position_embeddings", None)
-    vocabulary = getattr(text_config, "vocab_size", None)
     for name, rows in {"train": tokens.train, **tokens.eval}.items():
-        longest, largest = longest_row(rows), largest_id(rows)
+        longest = longest_row(rows)
         if context is not None and longest > context:
             raise UserError(
                 f"dataset ({name}): the longest row has {longest} tokens, but the model's context holds {context}. "
                 f"Set dataset.max_length: {context} (or less)."
             )
-        if vocabulary is not None and largest >= vocabulary:
+    vocabulary = getattr(text_config, "vocab_size", None)
+    for name, rows in {"train": tokens.train, **tokens.eval, "prompts": tokens.prompts}.items():
+        if rows is not None and vocabulary is not None and (largest := largest_id(rows)) >= vocabulary:
             raise UserError(
                 f"dataset ({name}): the tokenizer gives the token id {largest}, but the model's vocabulary has "
                 f"{vocabulary} entries: they do not belong together. Check model.name_or_path."

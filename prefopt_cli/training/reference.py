@@ -21,9 +21,8 @@ from prefopt_cli.scoring.choice import choose_layout, scores_depend_on_batch, wa
 from prefopt_cli.scoring.frozen import FrozenScores, score_frozen
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.policy_digest import policy_digest
-from prefopt_cli.training.batches import examples_of
-from prefopt_cli.training.extent import prompt_lengths
-from prefopt_cli.training.preparation import Prepared, sampling_settings, training_field
+from prefopt_cli.training.batches import examples_of, padding_id
+from prefopt_cli.training.preparation import Prepared, training_field
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.trainer import REFERENCE_COLUMNS
 
@@ -42,7 +41,7 @@ def layout_for(model: Any, recipe: Recipe, prepared: Prepared, args: DPOConfig) 
     train, requested = prepared.tokens.train, training_field(recipe.training, "attention_layout")
     first = train.select(range(min(args.train_batch_size, len(train))))
     options: dict[str, Any] = {
-        "longest": max(prepared.longest, longest_sample(recipe, prepared)),
+        "longest": max(prepared.longest, prepared.sampling.longest if prepared.sampling else 0),
         "autocast": precision(args),
         "router_loss": wants_router_loss(model.config, args.router_aux_loss_coef),
         "neftune": args.neftune_noise_alpha is not None,
@@ -52,14 +51,6 @@ def layout_for(model: Any, recipe: Recipe, prepared: Prepared, args: DPOConfig) 
         layout = choose_layout(model, [], requested="padded", **options)
         return replace(layout, note="Layout: padded rows, because not every process can pack.")
     return layout
-
-
-def longest_sample(recipe: Recipe, prepared: Prepared) -> int:
-    """Tokens of the longest prompt + response that the policy may write during training; 0 where it writes none."""
-    regularizer = sampling_settings(recipe)
-    if prepared.sampling_prompts is None or regularizer is None:
-        return 0
-    return int(prompt_lengths(prepared.sampling_prompts).max()) + regularizer.max_new_tokens
 
 
 def with_reference(
@@ -137,7 +128,7 @@ def with_reference_scores(
                 cache=cache,
                 layout=layout,
                 autocast=precision(args),
-                padding_id=prepared.tokenizer.pad_token_id or 0,
+                padding_id=padding_id(prepared.tokenizer, prepared.config),
                 batch_examples=args.precompute_ref_batch_size,
                 progress=progress,
             )

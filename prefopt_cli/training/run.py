@@ -153,6 +153,8 @@ def _run_trainer(
     ):
         trainer.add_callback(callback)
     checkpoint = _checkpoint(run, trainer, reporter) if resume else None
+    if checkpoint is not None:
+        trainer.args.eval_on_start = False  # the start was evaluated when the run began
     return _outcome(_train(trainer, run, checkpoint), run, stop)
 
 
@@ -173,7 +175,7 @@ def build_trainer(
     sampling: dict[str, Any] = {}
     if objective.reference == "samples":
         sampling = {
-            "sampling_prompts": prepared.sampling_prompts,
+            "sampling": prepared.sampling,
             "stop_ids": prepared.tokens.stop_ids,
             "samples_file": samples_file,
         }

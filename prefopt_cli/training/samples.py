@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor, nn
 
 from prefopt_cli.recipe.schema import Regularizer
@@ -23,6 +22,7 @@ from prefopt_cli.scoring.head import HeadStates
 from prefopt_cli.scoring.packing import Example
 from prefopt_cli.training.row_metrics import RowMetrics
 from prefopt_cli.training.sampling import sample_responses
+from prefopt_cli.training.sampling_prompts import SamplingPrompts
 
 if TYPE_CHECKING:
     from prefopt_cli.training.trainer import PreferenceTrainer
@@ -60,7 +60,7 @@ class SampleWindow:
     Args:
         trainer: whose policy writes, and whose reference is asked; it must be complete but for this.
         settings: the recipe's regularizer.
-        prompts: columns `row_id` and `prompt_ids`, the same in every process.
+        sampling: what the policy is asked, the same in every process.
         stop_ids: tokens that end a response.
         file: where the first samples of a draw are kept; None keeps none.
     """
@@ -69,14 +69,15 @@ class SampleWindow:
         self,
         trainer: "PreferenceTrainer",
         settings: Regularizer,
-        prompts: Dataset,
+        sampling: SamplingPrompts,
         *,
         stop_ids: Sequence[int],
         file: Path | None,
     ) -> None:
         self._trainer = trainer
         self._settings = settings
-        self._prompts = prompts
+        self._prompts = sampling.rows
+        self._max_new_tokens = sampling.max_new_tokens
         self._stop_ids = tuple(stop_ids)
         self._file = file
         self._drawn_at: int | None = None
@@ -93,7 +94,8 @@ class SampleWindow:
 
     @property
     def time_share(self) -> float:
-        """Share of this session's training time that went into drawing samples, in [0, 1]."""
+        """Share of this session's training time, evaluations included, that went into samples and what the reference
+        says about them, in [0, 1]; what they cost in every step is not in it."""
         return 0.0 if self._begun is None else self._spent / max(time.monotonic() - self._begun, 1e-9)
 
     def begin(self, step: int) -> None:
@@ -103,7 +105,9 @@ class SampleWindow:
         if self._drawn_at is None or step >= self._drawn_at + self._settings.sample_every:
             self._draw(step)
         if not self._groups:
+            begun = time.monotonic()
             self._groups = self._prepared()
+            self._spent += time.monotonic() - begun
 
     def groups(self, micro_batches: int) -> list[Group]:
         """The groups of the micro-batch that has begun; over the `micro_batches` of a step each comes once."""
@@ -145,9 +149,9 @@ class SampleWindow:
         responses = sample_responses(
             trainer.model,
             [self._prompts[row]["prompt_ids"] for row in rows],
-            max_new_tokens=settings.max_new_tokens,
+            max_new_tokens=self._max_new_tokens,
             stop_ids=self._stop_ids,
-            padding_id=trainer.processing_class.pad_token_id,
+            padding_id=trainer.padding_id,
             seed=self._seed(DRAW, step, trainer.args.process_index),
             autocast=trainer.accelerator.autocast,
         )
@@ -160,11 +164,9 @@ class SampleWindow:
         """Prompts of this process's part of a draw: all prompts in random order, then all in another order, ..."""
         args = self._trainer.args
         first = (draw * args.world_size + args.process_index) * self.size
-        rows = []
-        for position in range(first, first + self.size):
-            order, place = divmod(position, len(self._prompts))
-            rows.append(int(self._order(order)[place]))
-        return rows
+        places = [divmod(position, len(self._prompts)) for position in range(first, first + self.size)]
+        orders = {number: self._order(number) for number, _ in places}
+        return [int(orders[number][place]) for number, place in places]
 
     def _order(self, number: int) -> np.ndarray:
         return np.random.default_rng(self._seed(PROMPTS, number)).permutation(len(self._prompts))
@@ -180,9 +182,7 @@ class SampleWindow:
         for number in range(count):
             own = self._samples[number::count]
             examples = [Example(self._prompts[each.row]["prompt_ids"], (each.tokens,)) for each in own]
-            batch = trainer.layout.batch(
-                examples, trainer.processing_class.pad_token_id, trainer.args.pad_to_multiple_of
-            )
+            batch = trainer.layout.batch(examples, trainer.padding_id, trainer.args.pad_to_multiple_of)
             device = trainer.accelerator.device
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             cut_off = torch.tensor([float(not self._ended(each)) for each in own], device=device)

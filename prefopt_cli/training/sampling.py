@@ -20,7 +20,6 @@ def sample_responses(
     stop_ids: Sequence[int],
     padding_id: int,
     seed: int,
-    batch_size: int | None = None,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[list[int]]:
     """One response to every prompt, drawn from the policy as it is.
@@ -37,8 +36,6 @@ def sample_responses(
         stop_ids: tokens any of which ends a response; it is part of it.
         padding_id: fills batches up on their left, where no token sees it.
         seed: of the random stream.
-        batch_size: prompts that are answered at a time, which bounds the memory; None answers all at once. Other
-            sizes give other responses.
         autocast: the precision to run the model in.
 
     Returns:
@@ -51,18 +48,10 @@ def sample_responses(
         raise PrefoptError("A policy cannot answer a prompt without tokens: nothing predicts the first one.")
     plain = plain_model(model)
     settings = _settings(max_new_tokens, stop_ids, padding_id)
-    # The longest first: what has too little memory fails at once.
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    size = batch_size or max(len(prompts), 1)
-    responses: list[list[int]] = [[] for _ in prompts]
     with at_rest(model), _ready_to_generate(plain), _random_stream(plain, seed), autocast():
-        for start in range(0, len(order), size):
-            members = order[start : start + size]
-            inputs = _left_padded([prompts[index] for index in members], padding_id, plain.device)
-            made: Tensor = plain.generate(**inputs, generation_config=settings)
-            for index, tokens in zip(members, made[:, inputs["input_ids"].size(1) :].tolist(), strict=True):
-                responses[index] = _until_stop(tokens, stop_ids)
-    return responses
+        inputs = _left_padded(prompts, padding_id, plain.device)
+        made: Tensor = plain.generate(**inputs, generation_config=settings)
+    return [_until_stop(tokens, stop_ids) for tokens in made[:, inputs["input_ids"].size(1) :].tolist()]
 
 
 def _settings(max_new_tokens: int, stop_ids: Sequence[int], padding_id: int) -> GenerationConfig:

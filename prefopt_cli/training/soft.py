@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 
 from prefopt_cli.losses.gpo import length_normalized
@@ -14,6 +13,7 @@ from prefopt_cli.scoring.forward import ResponseScores
 from prefopt_cli.training.batches import Lists
 from prefopt_cli.training.row_metrics import reward_metrics
 from prefopt_cli.training.samples import SampleWindow
+from prefopt_cli.training.sampling_prompts import SamplingPrompts
 from prefopt_cli.training.trainer import PreferenceTrainer
 
 
@@ -26,7 +26,7 @@ class SoftTrainer(PreferenceTrainer):
 
     Args:
         settings: the recipe's method section.
-        sampling_prompts: columns `row_id` and `prompt_ids`; None where `kl_coef` is 0.
+        sampling: what the policy is asked; None where `kl_coef` is 0.
         stop_ids: tokens that end a response.
         samples_file: where a few samples of every draw are kept; None keeps none.
         **arguments: see `PreferenceTrainer`; `ref_model` is the reference of the KL.
@@ -36,7 +36,7 @@ class SoftTrainer(PreferenceTrainer):
         self,
         *,
         settings: SoftSettings,
-        sampling_prompts: Dataset | None = None,
+        sampling: SamplingPrompts | None = None,
         stop_ids: tuple[int, ...] = (),
         samples_file: Path | None = None,
         **arguments: Any,
@@ -45,9 +45,9 @@ class SoftTrainer(PreferenceTrainer):
         self.settings = settings
         self.samples: SampleWindow | None = None
         if settings.samples:
-            assert sampling_prompts is not None
+            assert sampling is not None
             self.samples = SampleWindow(
-                self, settings.regularizer, sampling_prompts, stop_ids=stop_ids, file=samples_file
+                self, settings.regularizer, sampling, stop_ids=stop_ids, file=samples_file
             )
 
     def compute_loss(

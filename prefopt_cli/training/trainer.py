@@ -24,7 +24,7 @@ from prefopt_cli.scoring.choice import choose_layout
 from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_responses
 from prefopt_cli.scoring.head import add_response_head
 from prefopt_cli.scoring.layout import Layout
-from prefopt_cli.training.batches import ComparisonCollator, Lists, examples_of
+from prefopt_cli.training.batches import ComparisonCollator, Lists, examples_of, padding_id
 from prefopt_cli.training.extent import longest_row
 from prefopt_cli.training.guard import FiniteGuard
 from prefopt_cli.training.metrics import EvalMeans, TrainMeans
@@ -89,7 +89,8 @@ class PreferenceTrainer(DPOTrainer):
         for each in (model, ref_model):  # before the trainer wraps them in its precision
             if each is not None:
                 add_response_head(plain_model(each))
-        collator = ComparisonCollator(Layout(), processing_class.pad_token_id, args.pad_to_multiple_of)
+        self.padding_id = padding_id(processing_class, model.config)
+        collator = ComparisonCollator(Layout(), self.padding_id, args.pad_to_multiple_of)
         super().__init__(
             model=model,
             ref_model=_Absent(model.config) if absent else ref_model,

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, T5Config
 
-from prefopt_cli.recipe.checks import EVAL_METRICS
+from prefopt_cli.recipe.checks import EVAL_METRICS, METHOD_METRICS
 from prefopt_cli.runs import metrics
 from prefopt_cli.runs.folder import RunFolder
 from tests.cli.conftest import Prefopt, Result, environment
 from tests.tiny import write_pairs
 
 COMMANDS = ("check", "train")
+SHORT_SAMPLES = {"gpo": (), "soft": ("method.regularizer.max_new_tokens=4",)}
 BEST = (
     "training.load_best_model_at_end=true",
     "training.metric_for_best_model=heldout_loss",
@@ -162,7 +163,7 @@ def test_training_fields_that_cannot_work_here(
 def test_batches_that_would_all_be_dropped(prefopt: Prefopt, recipe: Path) -> None:
     options = ("training.dataloader_drop_last=true", "training.per_device_train_batch_size=97")
     message = refused(prefopt, recipe, *options)
-    assert "96 training pairs" in message
+    assert "96 training rows" in message
     assert "batch of 97" in message
 
 
@@ -198,6 +199,128 @@ def test_damaged_data(prefopt: Prefopt, recipe: Path, tiny_world: Path, tmp_path
         message = refused(prefopt, recipe, f"dataset.train={tmp_path / name}")
         assert str(tmp_path / name) in message
         assert part in message
+
+
+LIST = {"prompt": "Human: Which?\nAssistant:", "responses": [" a", " b", " c"]}
+NO_FORMAT = "lists.jsonl: no format fits its rows"
+BAD_LISTS = {
+    "one response": (
+        {"responses": [" a"], "ranking": [0]},
+        ["no usable rows left (fewer than two responses 3)"],
+    ),
+    "all tied": ({"ranking": [1, 1, 1]}, ["no usable rows left (all responses tied 3)"]),
+    "scores missing": ({"scores": None}, [NO_FORMAT, "scores (nothing)"]),
+    "scores in words": ({"scores": ["good", "bad", "ugly"]}, [NO_FORMAT, "scores (list of text)"]),
+    "a gap in the scores": ({"scores": [1.0, None, 2.0]}, [NO_FORMAT, "scores: a number each"]),
+    "too few scores": ({"scores": [1.0, 2.0]}, [NO_FORMAT, "scores: a number each"]),
+    "infinite scores": ({"scores": [1.0, float("inf"), 2.0]}, [NO_FORMAT, "scores: a number each"]),
+    "best out of range": ({"best": 3}, [NO_FORMAT, "best: the number of the best, from 0"]),
+    "best below 0": ({"best": -1}, [NO_FORMAT, "best: the number of the best, from 0"]),
+    "best in letters": ({"best": "a"}, [NO_FORMAT, "best (text)"]),
+    "no order": ({}, [NO_FORMAT, "columns found: prompt (text), responses (list of text)\n"]),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_LISTS)
+@pytest.mark.parametrize("method", ["soft", "gpo"])
+def test_lists_that_say_nothing(
+    prefopt: Prefopt, recipe: Path, tmp_path: Path, fault: str, method: str
+) -> None:
+    """Where all rows are like that; some of many are left out and counted."""
+    columns, parts = BAD_LISTS[fault]
+    write_pairs(tmp_path / "lists.jsonl", [{**LIST, **columns}] * 3)
+    data = (f"dataset.train={tmp_path}/lists.jsonl", "dataset.eval={}")
+    message = refused(prefopt, recipe, f"method={{name: {method}}}", *data)
+    assert all(part in message for part in parts), message
+
+
+def test_some_lists_that_say_nothing_are_counted(prefopt: Prefopt, recipe: Path, tmp_path: Path) -> None:
+    odd = {
+        "ranking": ["one response", "all tied"],
+        "scores": ["a gap in the scores", "too few scores", "infinite scores"],
+        "best": ["best out of range", "best below 0"],
+    }
+    counted = {}
+    for column, faults in odd.items():
+        sound = {"ranking": [0, 1, 2], "scores": [0.5, 2.0, 1.0], "best": 2}[column]
+        rows = [{**LIST, **BAD_LISTS[fault][0]} for fault in faults]
+        rows += [{**LIST, "prompt": f"Human: {n}?\nAssistant:", column: sound} for n in range(6)]
+        write_pairs(tmp_path / f"{column}.jsonl", rows)
+        data = (f"dataset.train={tmp_path}/{column}.jsonl", "dataset.eval={}")
+        result = prefopt("check", str(recipe), "method={name: soft, kl_coef: 0}", *data, "--json")
+        assert result.code == 0, result.err
+        receipt = json.loads(result.out)["receipt"]["sets"]["train"]
+        assert receipt["rows"] == 6, column
+        counted[column] = receipt["sources"][0]["dropped"]
+    assert counted == {
+        "ranking": {"fewer than two responses": 1, "all responses tied": 1},
+        "scores": {
+            "malformed: an entry of scores is nothing, not a number": 1,
+            "malformed: scores has 2 entries, but there are 3 responses": 1,
+            "malformed: an entry of scores is not a finite number": 1,
+        },
+        "best": {
+            "malformed: best is 3, but there are 3 responses": 1,
+            "malformed: best is -1, but there are 3 responses": 1,
+        },
+    }
+
+
+SOFT_MISTAKES = [
+    ("alpha: 0", ["method.alpha", "greater than 0"]),
+    ("alpha: .inf", ["method.alpha"]),
+    ("kl_coef: -0.1", ["method.kl_coef", "at least 0", "-0.1"]),
+    ("mu: {gamma: 0}", ["method.mu.gamma", "greater than 0"]),
+    ("mu: {gamma: 1, strength: 1}", ["method.mu.strength", "unknown key"]),
+    ("mu: 0.5", ["method.mu"]),
+    ("mu_clamp: 0", ["method.mu_clamp", "greater than 0"]),
+    ("regularizer: {estimator: tokens}", ["method.regularizer.estimator", "token"]),
+    ("regularizer: {sample_every: 0}", ["method.regularizer.sample_every", "greater than 0"]),
+    ("regularizer: {num_prompts: 0}", ["method.regularizer.num_prompts", "greater than 0"]),
+    ("regularizer: {max_new_tokens: 0}", ["method.regularizer.max_new_tokens", "greater than 0"]),
+    ("beta: 0.1", ["method.beta", "unknown key"]),
+]
+
+
+@pytest.mark.parametrize(("settings", "parts"), SOFT_MISTAKES, ids=[each[0] for each in SOFT_MISTAKES])
+def test_mistakes_in_soft(prefopt: Prefopt, recipe: Path, settings: str, parts: list[str]) -> None:
+    message = refused(prefopt, recipe, f"method={{name: soft, {settings}}}")
+    assert "1 mistake" in message
+    assert all(part in message for part in parts), message
+
+
+def test_weights_are_for_pairs(prefopt: Prefopt, recipe: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "lists.jsonl", [{**LIST, "ranking": [0, 1, 2]}] * 3)
+    message = refused(
+        prefopt,
+        recipe,
+        "method={name: soft, mu: {gamma: 0.1}}",
+        f"dataset.train={tmp_path}/lists.jsonl",
+        "dataset.eval={}",
+    )
+    assert message.startswith("method.mu: weights are defined for pairs, and the data has lists of up to 3")
+    assert "dataset.lists: all_pairs" in message
+
+
+def test_samples_without_room(prefopt: Prefopt, recipe: Path) -> None:
+    message = refused(prefopt, recipe, "method={name: soft, regularizer: {max_new_tokens: 250}}")
+    assert "method.regularizer.max_new_tokens: with 250 of them no prompt of dataset.train fits" in message
+    assert "256 tokens (the shortest has " in message
+
+
+def test_prompts_that_cannot_be_sampled_for(prefopt: Prefopt, recipe: Path, tmp_path: Path) -> None:
+    prompts = f"method={{name: soft, regularizer: {{prompts: {tmp_path}/prompts.jsonl}}}}"
+    message = refused(prefopt, recipe, prompts)
+    assert f"{tmp_path}/prompts.jsonl: no such file" in message
+    write_pairs(tmp_path / "prompts.jsonl", [{"question": "q"}])
+    message = refused(prefopt, recipe, prompts)
+    assert "prompts.jsonl" in message
+    assert "question (text)" in message
+    write_pairs(tmp_path / "prompts.jsonl", [{"prompt": ""}])
+    message = refused(prefopt, recipe, prompts)
+    assert "no usable rows left (empty prompt 1)" in message
+    (tmp_path / "prompts.jsonl").write_text("")
+    assert "prompts.jsonl is empty" in refused(prefopt, recipe, prompts)
 
 
 def test_unknown_names_of_the_hub_while_offline(prefopt: Prefopt, recipe: Path) -> None:
@@ -397,11 +520,15 @@ def test_the_best_model_is_what_remains_also_after_resuming(
     assert (run.model / "model.safetensors").read_bytes() == weights
 
 
-def test_every_metric_of_an_evaluation_may_choose_the_best_model(prefopt: Prefopt, recipe: Path) -> None:
-    summary = json.loads(prefopt("train", str(recipe), "training.max_steps=1", "--json").out)
+@pytest.mark.parametrize("method", ["gpo", "soft"])
+def test_every_metric_of_an_evaluation_may_choose_the_best_model(
+    prefopt: Prefopt, recipe: Path, method: str
+) -> None:
+    options = (f"method={{name: {method}}}", *SHORT_SAMPLES[method])
+    summary = json.loads(prefopt("train", str(recipe), *options, "training.max_steps=1", "--json").out)
     counted = {"runtime", "samples_per_second", "steps_per_second"}
     names = {name.removeprefix("eval_heldout_") for name in summary["metrics"] if name.startswith("eval_")}
-    assert names - counted == set(EVAL_METRICS)
+    assert names - counted == {*EVAL_METRICS, *METHOD_METRICS[method]}
 
 
 def test_vocabularies_may_be_padded(prefopt: Prefopt, recipe: Path, model: Path) -> None:

@@ -14,6 +14,9 @@ from tests.cli.conftest import Prefopt, on_a_terminal
 from tests.tiny import write_pairs
 from tests.training.conftest import LORA
 
+SOFT = "method={name: soft, kl_coef: 0.2, regularizer: {sample_every: 3, num_prompts: 5, max_new_tokens: 40}}"
+NO_KL = "method={name: soft, kl_coef: 0}"
+
 Check = Callable[..., dict[str, Any]]
 
 
@@ -64,7 +67,8 @@ def test_sections_in_their_order(prefopt: Prefopt, recipe: Path, tmp_path: Path)
 def test_json_holds_everything(check: Check) -> None:
     found = check()
     assert set(found) == {
-        "method", "reference", "receipt", "masks", "packing", "memory", "device", "pairs_per_step", "steps", "notes",
+        "method", "reference", "receipt", "masks", "packing", "memory", "sampling", "device", "rows_per_step",
+        "steps", "notes",
     }  # fmt: skip
     assert found["receipt"]["sets"]["train"]["rows"] == 96
     assert found["receipt"]["sets"]["heldout"]["rows"] == 24
@@ -137,8 +141,8 @@ def test_another_device_is_only_estimated(check: Check) -> None:
 
 def test_what_packing_saves(check: Check) -> None:
     found = check("--pairs", "0")["packing"]
-    assert (found["packed"], found["reason"], found["cached"]) == (True, None, True)
-    assert (found["batches"], found["pairs"]) == (24, 4)
+    assert (found["packed"], found["reason"], found["reference"]) == (True, None, "cached")
+    assert (found["batches"], found["rows"]) == (24, 4)
     assert found["response_tokens"] < found["packed_tokens"] < found["padded_tokens"]
     assert 0 < found["padding_share"] < 1
     assert found["packed_tokens"] <= found["heaviest_tokens"] < 1.5 * found["packed_tokens"]
@@ -233,7 +237,7 @@ def test_steps_are_those_that_training_takes(
 ) -> None:
     options = [f"training.{field}" for field in (*fields, "save_strategy=no", "eval_strategy=no")]
     found = check(*options, "--pairs", "0")
-    assert (found["steps"], found["pairs_per_step"]) == (steps, pairs)
+    assert (found["steps"], found["rows_per_step"]) == (steps, pairs)
     trained = json.loads(prefopt("train", str(recipe), *options, "--json").out)
     assert trained["steps"] == steps
 
@@ -276,3 +280,115 @@ def test_a_gpu_recipe_on_a_laptop(prefopt: Prefopt, recipe: Path) -> None:
     there = prefopt("check", str(recipe), "training.use_cpu=false", "training.bf16=true", "--device", "cuda")
     assert there.code == 0
     assert "peak memory per process on cuda" in there.out
+
+
+# --- the policy's own samples, and lists
+
+
+@pytest.fixture
+def lists(tmp_path: Path) -> str:
+    """A set of eight lists of three or four responses, with ties, as `dataset.train`."""
+    rankings = [[2, 0, 1], [0, 1, 1, 2]]
+    rows = [
+        {
+            "prompt": f"Human: Question {number}?\nAssistant:",
+            "responses": [f" place {rank}, {n}" for n, rank in enumerate(rankings[number % 2])],
+            "ranking": rankings[number % 2],
+        }
+        for number in range(8)
+    ]
+    write_pairs(tmp_path / "lists.jsonl", rows)
+    return f"dataset.train={tmp_path}/lists.jsonl"
+
+
+def test_samples_and_their_memory(prefopt: Prefopt, recipe: Path, check: Check) -> None:
+    shown = prefopt("check", str(recipe), SOFT, "--pairs", "0")
+    assert shown.code == 0, shown.err
+    assert "Sampling prompts: 96 of dataset.train, to be answered in at most 40 tokens." in shown.err
+    found = check(SOFT, "--pairs", "0")
+    plan, parts = found["sampling"], found["memory"]["parts"]
+    assert (plan["prompts"], plan["per_draw"], plan["every"], plan["max_new_tokens"]) == (96, 5, 3, 40)
+    assert found["packing"]["reference"] == "samples"
+    assert parts["frozen policy"] == parts["weights"]
+    assert parts["reference states"] == 4 * 32 * 5 * 40, "floats, width, samples, tokens"
+    assert plan["extra_memory"] == found["memory"]["total"] - check(NO_KL, "--pairs", "0")["memory"]["total"]
+    for line in (
+        "Loss: soft: ",
+        "as it is at the start; compared with the policy on the policy's own samples.",
+        "Steps: 6 of 4 pairs per process.",
+        "Samples: 5 responses per process, drawn 2 times, every 3 steps; each of at most 40 tokens, to one of 96 "
+        "prompts. With the frozen policy they add at most ",
+        "times as fast as on padded rows, the samples not counted.",
+        "activations of samples",
+        "tokens through the model, and of samples as long as they may become.",
+    ):
+        assert line in shown.out, line
+    assert "scored once" not in shown.out
+    assert "TRL's step as it comes" not in shown.out
+
+
+def test_samples_of_an_adapter_need_no_second_model(prefopt: Prefopt, recipe: Path, check: Check) -> None:
+    found = check(SOFT, LORA, "--pairs", "0")
+    assert "frozen policy" not in found["memory"]["parts"]
+    shown = prefopt("check", str(recipe), SOFT, LORA, "training.max_steps=1", "--pairs", "0").out
+    assert "drawn 1 time, every 3 steps" in shown
+    assert "prompts. They add at most " in shown
+    assert "the new adapter switched off; compared with the policy" in shown
+
+
+def test_drawing_many_samples_may_take_most_memory(prefopt: Prefopt, recipe: Path, check: Check) -> None:
+    """Hundreds of short samples at once: one row of logits for each, but few tokens in each of 100 micro-batches."""
+    many = ("method.regularizer.num_prompts=2000", "method.regularizer.max_new_tokens=1")
+    options = (SOFT, *many, "training.gradient_accumulation_steps=100", "--pairs", "0")
+    assert check(*options)["memory"]["phase"] == "sampling"
+    shown = prefopt("check", str(recipe), *options).out
+    assert "peak memory per process on cpu, sampling" in shown
+    assert "It is there while samples are drawn" in shown
+
+
+def test_without_a_kl_there_is_no_reference(prefopt: Prefopt, recipe: Path, check: Check) -> None:
+    found = check(NO_KL, "--pairs", "0")
+    assert (found["reference"], found["sampling"], found["packing"]["reference"]) == (None, None, "none")
+    assert "frozen policy" not in found["memory"]["parts"]
+    shown = prefopt("check", str(recipe), NO_KL, "--pairs", "0").out
+    assert "kl_coef is 0, so there is no KL to the reference." in shown
+    assert "Reference policy" not in shown
+    assert "amples" not in shown.partition("Loss:")[2]
+    assert "times as fast as on padded rows." in shown
+
+
+@pytest.mark.parametrize("method", [SOFT, NO_KL])
+def test_lists_are_shown_response_by_response(
+    prefopt: Prefopt, recipe: Path, check: Check, lists: str, method: str
+) -> None:
+    options = (method, lists, "dataset.eval={}", "dataset.shuffle=false")
+    found = check(*options)
+    sides = ["response 1", "response 2", "response 3"]
+    tied = ["response 1", "response 2 (tied)", "response 3 (tied)", "response 4"]
+    assert [mask["side"] for mask in found["masks"]] == sides + tied
+    assert [mask["rank"] for mask in found["masks"]] == [0, 1, 2, 0, 1, 1, 2]
+    for mask in found["masks"]:
+        assert "".join(mask["trained"]).startswith(f" place {mask['rank']}, ")
+    assert (found["packing"]["rows"], found["rows_per_step"]) == (4, 4)
+    shown = prefopt("check", str(recipe), *options).out
+    assert "lists.jsonl:1 response 3 (tied): " in shown
+    assert "Steps: 6 of 4 lists per process." in shown
+    assert "a batch of 4 lists (mean of 2)" in shown
+    assert "pairs" not in shown.partition("prompts")[2]
+
+
+def test_lists_as_pairs_are_pairs(prefopt: Prefopt, recipe: Path, check: Check, lists: str) -> None:
+    """4 lists of 3 comparisons and 4 of 5."""
+    options = (lists, "dataset.eval={}", "--pairs", "1")
+    for method in ((), (SOFT, "dataset.lists=all_pairs")):
+        found = check(*method, *options)
+        assert [mask["side"] for mask in found["masks"]] == ["chosen", "rejected"]
+        shown = prefopt("check", str(recipe), *method, *options).out
+        assert "8 lists made into 32 pairs" in shown
+        assert "a batch of 4 pairs (mean of 8)" in shown
+
+
+def test_colours_of_a_list(recipe: Path, lists: str) -> None:
+    shown = on_a_terminal("check", str(recipe), NO_KL, lists, "dataset.eval={}", "--pairs", "1")
+    assert "\x1b[1;32m" in shown, "the best in green"
+    assert "\x1b[1;31m" in shown, "the others in red"

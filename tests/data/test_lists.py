@@ -273,3 +273,46 @@ def test_what_a_list_lacks_is_explained(format: str, tmp_path: Path) -> None:
         "scores: a number each, higher is better" if format == "auto" else "prompt, chosen, rejected: text"
     )
     assert expected in str(caught.value)
+
+
+def test_an_order_is_noticed_wherever_its_row_stands(tmp_path: Path) -> None:
+    """In lists of two an order and ranks look alike, and a file may be sorted by length."""
+    short = [
+        {"prompt": f"p{n}", "responses": [" a", " b"], "scores": [1, 0], "ranking": [0, 1]}
+        for n in range(150)
+    ]
+    long = {
+        "prompt": "q",
+        "responses": [" worst", " best", " mid"],
+        "scores": [0, 2, 1],
+        "ranking": [1, 2, 0],
+    }
+    loaded = _load(tmp_path, [*short, long])
+    assert _record(loaded).format == "scored"
+    assert loaded.train[-1].responses == (" best", " mid", " worst")
+
+
+def test_the_order_of_what_ties_makes_no_other_row(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": "p", "responses": ["a", "b", "c"], "best": 0},
+        {"prompt": "p", "responses": ["c", "a", "b"], "best": 1},
+        {"prompt": "p", "responses": ["a", "b", "c"], "best": 1},
+    ]
+    assert len(_load(tmp_path, rows).train) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        ({"best": 7}, "best is 7, but there are 2 responses"),
+        ({"scores": ["high", "low"]}, "an entry of scores is text, not a number"),
+        ({"ranking": [1]}, "ranking has 1 entries, but there are 2 responses"),
+    ],
+)
+def test_columns_that_are_there_but_wrong_are_told_without_a_format(
+    labels: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as refusal:
+        _load(tmp_path, [{"prompt": "p", "responses": ["a", "b"], **labels}])
+    assert reason in str(refusal.value)
+    assert "rename columns" not in str(refusal.value)

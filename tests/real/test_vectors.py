@@ -10,6 +10,7 @@ import torch
 
 from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS, gpo_loss
 from prefopt_cli.losses.soft import soft_best_of_n_loss, soft_pair_loss, soft_ranked_loss, token_kl
+from prefopt_cli.scoring.divergence import HeadStates, token_divergence
 
 pytestmark = pytest.mark.real
 
@@ -90,3 +91,17 @@ def test_soft_token_kl(soft: dict[str, Any], dtype: torch.dtype) -> None:
         policy, ref = (torch.tensor(case[name], dtype=dtype) for name in ("policy_logits", "ref_logits"))
         found = token_kl(policy, ref, torch.tensor(case["mask"]))
         torch.testing.assert_close(found, torch.tensor(case["per_row"], dtype=dtype), **TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_soft_token_kl_as_training_computes_it(soft: dict[str, Any], dtype: torch.dtype) -> None:
+    """Through the head, in chunks: hidden states that are the logits already, and a head that is the identity."""
+    for case in soft["token_kl"]:
+        policy, ref = (torch.tensor(case[name], dtype=dtype) for name in ("policy_logits", "ref_logits"))
+        head, mask = torch.eye(policy.size(-1), dtype=dtype), torch.tensor(case["mask"])
+        targets = torch.zeros(policy.shape[:2], dtype=torch.long).flatten()
+        states = HeadStates(ref.flatten(0, 1), head.clone(), None)
+        found = token_divergence(policy.flatten(0, 1), head, targets, states).kl.view(mask.shape) * mask
+        torch.testing.assert_close(
+            found.sum(1), torch.tensor(case["per_row"], dtype=dtype), **TOLERANCE[dtype]
+        )

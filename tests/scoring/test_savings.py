@@ -52,6 +52,45 @@ def test_positions_are_those_of_real_batches() -> None:
         assert padded.seen[number] == trl["input_ids"].size(0) * trl["input_ids"].size(1) ** 2
 
 
+def ragged_lengths(count: int, most: int = 4, seed: int = 0) -> np.ndarray:
+    """Lists of two responses or more; 0 where there is none."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(1, 50, (count, 1 + most))
+    lengths[:, 1:][np.arange(most) >= draw.integers(2, most + 1, count)[:, None]] = 0
+    return lengths
+
+
+def test_missing_responses_count_for_nothing() -> None:
+    batches = draw_batches(ragged_lengths(24), 4)
+    packed, padded = packed_positions(batches), padded_positions(batches)
+    assert (batches == 0).any()
+    for number, batch in enumerate(batches.tolist()):
+        examples = [
+            Example(np.zeros(prompt, int), [np.zeros(length, int) for length in responses if length])
+            for prompt, *responses in batch
+        ]
+        ours, rows = packed_batch(examples, "pieces", 0), padded_batch(examples, 0)
+        assert packed.tokens[number] == ours["input_ids"].numel()
+        assert packed.scored[number] == ours["targets"].numel()
+        assert padded.tokens[number] == rows["input_ids"].numel()
+    wider = np.concatenate((batches, np.zeros_like(batches[:, :, :1])), axis=2)
+    one, other = (
+        predict_savings(each, WORK, packed=True, cached=True, device="cpu") for each in (batches, wider)
+    )
+    assert one == other
+
+
+def test_padding_of_a_ragged_batch_by_hand() -> None:
+    """Prompt 10 with 4, 6 and 2; prompt 8 with 5 and 3: five rows of 16, filled with 14, 16, 12, 13 and 11."""
+    found = predict_savings(
+        np.array([[[10, 4, 6, 2], [8, 5, 3, 0]]]), WORK, packed=True, cached=True, device="cpu"
+    )
+
+    assert (found.rows, found.padded_tokens, found.packed_tokens) == (2, 80, 38)
+    assert found.response_tokens == 20
+    assert found.padding_share == pytest.approx(1 - 66 / 80)
+
+
 def test_what_a_query_sees_is_what_the_mask_shows() -> None:
     from prefopt_cli.scoring.attention import dense_mask
 

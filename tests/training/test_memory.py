@@ -26,6 +26,7 @@ from prefopt_cli.training.memory_optimizer import optimizer_state_bytes, optimiz
 from prefopt_cli.training.memory_sampling import sampling_bytes
 from prefopt_cli.training.memory_step import StepShape, trace_step
 from prefopt_cli.training.sampling import sample_responses
+from prefopt_cli.training.sampling_prompts import SamplingPrompts
 from prefopt_cli.training.soft import SoftTrainer
 from tests.tiny import build_tokenizer
 
@@ -492,7 +493,7 @@ def test_a_step_with_samples_takes_what_a_real_one_takes(case: str, tmp_path: Pa
             name="soft",
             regularizer=Regularizer(num_prompts=len(DRAW.prompts), max_new_tokens=DRAW.max_new_tokens),
         ),
-        sampling_prompts=Dataset.from_list(prompts),
+        sampling=SamplingPrompts(Dataset.from_list(prompts), DRAW.max_new_tokens),
         model=model.unload() if lora else model,
         ref_model=None if lora else copy.deepcopy(model),
         peft_config=model.peft_config["default"] if lora else None,

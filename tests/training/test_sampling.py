@@ -14,7 +14,6 @@ from prefopt_cli.errors import PrefoptError
 from prefopt_cli.scoring.forward import reference_states, score_samples
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
-from prefopt_cli.training import sampling
 from prefopt_cli.training.sampling import sample_responses
 from tests.scoring.build import FAMILIES, VOCABULARY, build, examples
 
@@ -160,10 +159,8 @@ def test_log_probabilities_as_generated_are_those_of_a_padded_scoring(
     monkeypatch.setattr(model, "forward", watched)
     responses = draw(model)
     monkeypatch.undo()
-    order = sorted(range(len(PROMPTS)), key=lambda index: -len(PROMPTS[index]))
-    rows = {index: row for row, index in enumerate(order)}
     generated = [
-        sum(float(steps[step][rows[index], token]) for step, token in enumerate(response))
+        sum(float(steps[step][index, token]) for step, token in enumerate(response))
         for index, response in enumerate(responses)
     ]
     layout = Layout()
@@ -228,37 +225,7 @@ def test_the_random_generators_are_left_as_they_were() -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_smaller_batches_answer_every_prompt_in_its_place(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """A policy so sharp that every sample is the most likely response."""
-    model = build("llama")
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1e4)
-    sizes = []
-    padded = sampling._left_padded
-
-    def watched(prompts: Any, *arguments: Any) -> Any:
-        sizes.append(len(prompts))
-        return padded(prompts, *arguments)
-
-    monkeypatch.setattr(sampling, "_left_padded", watched)
-    whole = [draw(model, [prompt])[0] for prompt in PROMPTS]
-    sizes.clear()
-
-    assert draw(model, batch_size=size) == whole
-    assert max(sizes) <= size
-    assert sum(sizes) == len(PROMPTS)
-
-
-def test_batches_are_answered_from_one_stream() -> None:
-    """Not from the same numbers again and again."""
-    first, second = draw(mild(), [PROMPTS[0]] * 2, batch_size=1, stop_ids=())
-
-    assert first != second
-
-
-def test_no_prompts_have_no_responses_and_an_empty_one_is_refused() -> None:
-    assert draw(mild(), []) == []
+def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(PrefoptError, match="without tokens"):
         draw(mild(), [[4, 5], []])
 

@@ -313,3 +313,74 @@ def test_a_kl_that_is_not_finite_stops_with_the_step(run: Run, monkeypatch: pyte
     monkeypatch.setattr(soft, "sampled_kl", lambda *args, **options: real(*args, **options) * float("nan"))
     with pytest.raises(PrefoptError, match=r"step 1: the KL to the reference.*samples\.jsonl"):
         run("nan", SOFT)
+
+
+def changed_model(tiny_world: Path, folder: Path, tokens: list[str], **generation: Any) -> Path:
+    """The tiny model with a tokenizer that has more tokens than it, and generation settings of its own."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_world / "model")
+    model = AutoModelForCausalLM.from_pretrained(tiny_world / "model")
+    model.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    if tokens:
+        tokenizer.add_special_tokens({"pad_token": tokens[0], "additional_special_tokens": tokens[1:]})
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_padding_token_that_the_model_does_not_have(
+    run: Run, tiny_world: Path, tmp_path: Path, layout: str
+) -> None:
+    folder = changed_model(tiny_world, tmp_path / "model", ["[PAD]"])
+    plain = run("plain", SOFT, f"training.attention_layout={layout}")
+    padded = run("pad", SOFT, f"training.attention_layout={layout}", f"model.name_or_path={folder}")
+    assert [record["loss"] for record in logged(padded.run)] == [
+        record["loss"] for record in logged(plain.run)
+    ]
+
+
+def test_prompts_of_tokens_that_the_model_does_not_have(run: Run, tiny_world: Path, tmp_path: Path) -> None:
+    folder = changed_model(tiny_world, tmp_path / "model", ["[PAD]", "<|extra|>"])
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "Human: <|extra|>?\nAssistant:"}])
+    with pytest.raises(UserError, match=r"dataset \(prompts\): the tokenizer gives the token id"):
+        run("extra", SOFT, f"model.name_or_path={folder}", f"method.regularizer.prompts={prompts}")
+    assert not (tmp_path / "extra").exists()
+
+
+def test_generation_settings_that_cannot_be_saved_do_not_end_the_run(
+    run: Run, tiny_world: Path, tmp_path: Path
+) -> None:
+    """As older models have them: sampling settings without do_sample."""
+    folder = changed_model(tiny_world, tmp_path / "model", [], top_k=20, top_p=0.8, repetition_penalty=1.1)
+    plain, own = run("plain", SOFT), run("own", SOFT, f"model.name_or_path={folder}")
+    assert own.status == "finished"
+    # Samples are the policy's, whatever its settings.
+    assert metrics.read(own.run.samples) == metrics.read(plain.run.samples)
+
+
+def test_the_start_is_evaluated_once_however_often_a_run_goes_on(run: Run) -> None:
+    start = (SOFT, "training.eval_on_start=true")
+    straight = run("straight", *start)
+    run("stopped", *start, reporter=SignalAt(4))
+    assert_same(run("stopped", *start, resume=True).run, straight.run)
+
+
+def test_the_longest_sample_follows_from_the_context(run: Run) -> None:
+    """256 tokens, or half of a context of less than twice as many: the tiny model's holds 256."""
+    outcome = run("default", "method={name: soft, regularizer: {num_prompts: 2}}", "training.max_steps=1")
+    assert logged(outcome.run)[0]["sample/length"] <= 128
+
+
+def test_an_evaluation_does_not_depend_on_how_pairs_are_batched(run: Run) -> None:
+    """Weights would: their mean is over the batch."""
+    losses = []
+    for size in (1, 5, 24):
+        outcome = run(
+            f"batch-{size}",
+            NO_KL,
+            "method.mu={gamma: 0.5}",
+            f"training.per_device_eval_batch_size={size}",
+            "training.max_steps=2",
+        )
+        losses.append(outcome.metrics["eval_heldout_loss"])
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=1e-6)

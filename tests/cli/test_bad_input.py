@@ -202,22 +202,21 @@ def test_damaged_data(prefopt: Prefopt, recipe: Path, tiny_world: Path, tmp_path
 
 
 LIST = {"prompt": "Human: Which?\nAssistant:", "responses": [" a", " b", " c"]}
-NO_FORMAT = "lists.jsonl: no format fits its rows"
 BAD_LISTS = {
     "one response": (
         {"responses": [" a"], "ranking": [0]},
-        ["no usable rows left (fewer than two responses 3)"],
+        "no usable rows left (fewer than two responses 3)",
     ),
-    "all tied": ({"ranking": [1, 1, 1]}, ["no usable rows left (all responses tied 3)"]),
-    "scores missing": ({"scores": None}, [NO_FORMAT, "scores (nothing)"]),
-    "scores in words": ({"scores": ["good", "bad", "ugly"]}, [NO_FORMAT, "scores (list of text)"]),
-    "a gap in the scores": ({"scores": [1.0, None, 2.0]}, [NO_FORMAT, "scores: a number each"]),
-    "too few scores": ({"scores": [1.0, 2.0]}, [NO_FORMAT, "scores: a number each"]),
-    "infinite scores": ({"scores": [1.0, float("inf"), 2.0]}, [NO_FORMAT, "scores: a number each"]),
-    "best out of range": ({"best": 3}, [NO_FORMAT, "best: the number of the best, from 0"]),
-    "best below 0": ({"best": -1}, [NO_FORMAT, "best: the number of the best, from 0"]),
-    "best in letters": ({"best": "a"}, [NO_FORMAT, "best (text)"]),
-    "no order": ({}, [NO_FORMAT, "columns found: prompt (text), responses (list of text)\n"]),
+    "all tied": ({"ranking": [1, 1, 1]}, "no usable rows left (all responses tied 3)"),
+    "scores missing": ({"scores": None}, "scores is nothing, not a list of numbers"),
+    "scores in words": ({"scores": ["good", "bad", "ugly"]}, "an entry of scores is text, not a number"),
+    "a gap in the scores": ({"scores": [1.0, None, 2.0]}, "an entry of scores is nothing, not a number"),
+    "too few scores": ({"scores": [1.0, 2.0]}, "scores has 2 entries, but there are 3 responses"),
+    "infinite scores": ({"scores": [1.0, float("inf"), 2.0]}, "an entry of scores is not a finite number"),
+    "best out of range": ({"best": 3}, "best is 3, but there are 3 responses"),
+    "best below 0": ({"best": -1}, "best is -1, but there are 3 responses"),
+    "best in letters": ({"best": "a"}, "best is text, not a whole number"),
+    "no order": ({}, "no format fits its rows"),
 }
 
 
@@ -227,11 +226,11 @@ def test_lists_that_say_nothing(
     prefopt: Prefopt, recipe: Path, tmp_path: Path, fault: str, method: str
 ) -> None:
     """Where all rows are like that; some of many are left out and counted."""
-    columns, parts = BAD_LISTS[fault]
+    columns, reason = BAD_LISTS[fault]
     write_pairs(tmp_path / "lists.jsonl", [{**LIST, **columns}] * 3)
     data = (f"dataset.train={tmp_path}/lists.jsonl", "dataset.eval={}")
     message = refused(prefopt, recipe, f"method={{name: {method}}}", *data)
-    assert all(part in message for part in parts), message
+    assert reason in message
 
 
 def test_some_lists_that_say_nothing_are_counted(prefopt: Prefopt, recipe: Path, tmp_path: Path) -> None:

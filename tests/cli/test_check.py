@@ -351,7 +351,7 @@ def test_without_a_kl_there_is_no_reference(prefopt: Prefopt, recipe: Path, chec
     assert (found["reference"], found["sampling"], found["packing"]["reference"]) == (None, None, "none")
     assert "frozen policy" not in found["memory"]["parts"]
     shown = prefopt("check", str(recipe), NO_KL, "--pairs", "0").out
-    assert "kl_coef is 0, so there is no KL to the reference." in shown
+    assert "kl_coef is 0, so there is no KL to the reference" in shown
     assert "Reference policy" not in shown
     assert "amples" not in shown.partition("Loss:")[2]
     assert "times as fast as on padded rows." in shown

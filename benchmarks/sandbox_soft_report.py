@@ -133,7 +133,7 @@ def report(rows: list[Row], versions: dict[str, str], settings: ScoreSettings, e
     lines += [
         "## Against DPO at the same win rate and at the same reward",
         "",
-        "Soft minus DPO of the same seed, between DPO's betas. Missing where DPO reaches no such win rate.",
+        "Soft minus DPO of the same seed, linearly between DPO's betas; none outside of what these reach.",
         "",
     ]
     comparisons = []

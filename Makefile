@@ -51,6 +51,10 @@ A weaker and a stronger pull towards the base policy, with a picture of win rate
   prefopt train recipes/gpo-sandbox.yaml method.beta=2 output_dir=runs/beta-2
   prefopt sandbox score runs/beta-0.1 runs/quickstart runs/beta-2 --plot runs/kl-win-rate.png
 
+Soft preference optimization: a temperature in place of beta, and a KL on what the policy itself writes (docs/soft.md):
+  prefopt train recipes/soft-sandbox.yaml
+  prefopt sandbox score runs/soft-sandbox runs/quickstart
+
 Another dimension, from where the quickstart ended:
   prefopt train recipes/gpo-sandbox.yaml model.name_or_path=runs/quickstart dataset.train=sandbox:polite output_dir=runs/polite
   prefopt sandbox score runs/polite --against runs/quickstart

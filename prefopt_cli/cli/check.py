@@ -30,6 +30,9 @@ REFERENCE_USES = {
     "samples": "compared with the policy on the policy's own samples",
 }
 
+OF_ITS_OWN = ("samples", "none")
+"""Uses of the reference by methods that TRL does not have, so that there is no step of its to compare with."""
+
 CONTEXT_SHOWN, TRAINED_SHOWN, END_SHOWN = 16, 24, 8
 """Tokens shown before the boundary, after it, and at the end of a response."""
 
@@ -179,9 +182,15 @@ def _print_packing(packing: "Packing", rows: str, console: "Console") -> None:
     print_table(
         console,
         Column(title, names),
-        [Column("TRL's padded rows", [*padded, responses]), Column("prefopt", [*own, responses])],
+        [
+            Column(
+                "padded rows" if packing.reference in OF_ITS_OWN else "TRL's padded rows",
+                [*padded, responses],
+            ),
+            Column("prefopt", [*own, responses]),
+        ],
     )
-    if packing.reference in ("samples", "none"):
+    if packing.reference in OF_ITS_OWN:
         left_out = ", the samples not counted" if packing.reference == "samples" else ""
         line(
             f"Predicted from the arithmetic: {packing.speedup_precomputed:.1f} times as fast as on padded rows"

@@ -73,27 +73,47 @@ def table(head: list[str], lines: list[list[str]]) -> list[str]:
 
 def report(rows: list[Row], versions: dict[str, str], settings: ScoreSettings, enumerated: int) -> str:
     """Markdown."""
-    seeds = len({row["job"]["seed"] for row in rows})
-    base = rows[0]["base"]
-    found = groups(rows)
     lines = [
         "# Soft preference optimization in the sandbox",
         "",
-        f"{seeds} seeds each, judged on {settings.prompts} held-out prompts with {settings.per_prompt} samples each; "
-        "mean ± half a 95 % interval over the seeds (Student's t). Win rates are by the gold reward `helpful` against "
-        f"the base policy (gold reward {base['reward/helpful']:.2f}, entropy {base['entropy']:.2f} nats, "
-        f"{base['distinct']:.1%} of a prompt's samples distinct). Total variation is exact, on "
-        f"{enumerated} prompts. Runs on pairs are one epoch of 64 pairs a step, those on lists (of four "
-        "replies) two epochs of 64 lists a step. Made by `python -m benchmarks.sandbox_soft`.",
+        _setting(rows, settings, enumerated),
         "",
         "## 1. Without KL: towards softmax(r / alpha)",
         "",
         "Mean total variation to the optimum during training, and the entropy at its end.",
         "",
+        *_approach(groups(rows)),
+        "## 2. and 3. Every policy",
+        "",
+        *_policies(groups(rows)),
+        "## Against DPO at the same win rate and at the same reward",
+        "",
+        "Soft minus DPO of the same seed, linearly between DPO's betas; none outside of what these reach.",
+        "",
+        *_comparison(rows),
+        f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",
+        "",
     ]
+    return "\n".join(lines)
+
+
+def _setting(rows: list[Row], settings: ScoreSettings, enumerated: int) -> str:
+    seeds, base = len({row["job"]["seed"] for row in rows}), rows[0]["base"]
+    return (
+        f"{seeds} seeds each, judged on {settings.prompts} held-out prompts with {settings.per_prompt} samples each; "
+        "mean ± half a 95 % interval over the seeds (Student's t). Win rates are by the gold reward `helpful` against "
+        f"the base policy (gold reward {base['reward/helpful']:.2f}, entropy {base['entropy']:.2f} nats, "
+        f"{base['distinct']:.1%} of a prompt's samples distinct). Total variation is exact, on "
+        f"{enumerated} prompts. Runs on pairs are one epoch of 64 pairs a step, those on lists (of four "
+        "replies) two epochs of 64 lists a step. Made by `python -m benchmarks.sandbox_soft`."
+    )
+
+
+def _approach(found: dict[str, list[Row]]) -> list[str]:
+    """The distance to the optimum during training, of the runs without KL."""
     free = {name: own for name, own in found.items() if own[0].get("distances")}
     looks = range(len(next(iter(free.values()))[0]["distances"]))
-    lines += table(
+    return table(
         ["", *(f"{look / looks[-1]:.0%} of the steps" for look in looks), "entropy, nats"],
         [
             [
@@ -104,63 +124,49 @@ def report(rows: list[Row], versions: dict[str, str], settings: ScoreSettings, e
             for name, own in free.items()
         ],
     )
-    lines += ["## 2. and 3. Every policy", ""]
-    lines += table(
-        [
-            "",
-            "win rate, %",
-            "gold reward",
-            "entropy, nats",
-            "distinct, %",
-            "KL to base, nats",
-            "well-formed, %",
-            "tokens",
-        ],
-        [
-            [
-                name,
-                shown([value(row, "win_rate") for row in own], 1, 100),
-                shown([value(row, "reward/helpful") for row in own]),
-                shown([value(row, "entropy") for row in own]),
-                shown([value(row, "distinct") for row in own], 1, 100),
-                shown([value(row, "kl") for row in own]),
-                shown([value(row, "well_formed") for row in own], 1, 100),
-                f"{statistics.fmean(row['tokens'] for row in own):,.0f}",
-            ]
-            for name, own in found.items()
-        ],
-    )
-    lines += [
-        "## Against DPO at the same win rate and at the same reward",
-        "",
-        "Soft minus DPO of the same seed, linearly between DPO's betas; none outside of what these reach.",
-        "",
+
+
+COLUMNS = {
+    "win rate, %": ("win_rate", 1, 100),
+    "gold reward": ("reward/helpful", 2, 1),
+    "entropy, nats": ("entropy", 2, 1),
+    "distinct, %": ("distinct", 1, 100),
+    "KL to base, nats": ("kl", 2, 1),
+    "well-formed, %": ("well_formed", 1, 100),
+}
+"""Title -> figure, digits, scale."""
+
+
+def _policies(found: dict[str, list[Row]]) -> list[str]:
+    def line(name: str, own: list[Row]) -> list[str]:
+        figures = [
+            shown([value(row, figure) for row in own], digits, scale)
+            for figure, digits, scale in COLUMNS.values()
+        ]
+        return [name, *figures, f"{statistics.fmean(row['tokens'] for row in own):,.0f}"]
+
+    return table(["", *COLUMNS, "tokens"], [line(name, own) for name, own in found.items()])
+
+
+COMPARISONS = {
+    "entropy at the same win rate, nats": ("win_rate", "entropy", 1),
+    "distinct at the same win rate, points": ("win_rate", "distinct", 100),
+    "KL to base at the same reward, nats": ("reward/helpful", "kl", 1),
+}
+"""Title -> what is the same, what differs, scale."""
+
+
+def _comparison(rows: list[Row]) -> list[str]:
+    def difference(own: list[Row], x: str, y: str, scale: float) -> str:
+        pairs = [(value(row, y), at_same(rows, row, x, y)) for row in own]
+        found = [ours - theirs for ours, theirs in pairs if theirs is not None]
+        return shown(found, 2, scale) if len(found) == len(own) else "none"
+
+    soft = {name: own for name, own in groups(rows).items() if own[0]["job"]["method"] == "soft"}
+    lines = [
+        [name, *(difference(own, *wanted) for wanted in COMPARISONS.values())] for name, own in soft.items()
     ]
-    comparisons = []
-    for name, own in found.items():
-        if name.startswith("DPO"):
-            continue
-        cells = [name]
-        for x, y, digits, scale in (
-            ("win_rate", "entropy", 2, 1),
-            ("win_rate", "distinct", 2, 100),
-            ("reward/helpful", "kl", 2, 1),
-        ):
-            pairs = [(value(row, y), at_same(rows, row, x, y)) for row in own]
-            differences = [ours - theirs for ours, theirs in pairs if theirs is not None]
-            cells.append(shown(differences, digits, scale) if len(differences) == len(own) else "none")
-        comparisons.append(cells)
-    lines += table(
-        [
-            "",
-            "entropy at the same win rate, nats",
-            "distinct at the same win rate, points",
-            "KL to base at the same reward, nats",
-        ],
-        comparisons,
-    )
-    lines += [f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.", ""]
-    return "\n".join(lines)
+    return table(["", *COMPARISONS], lines)
 
 
 def draw(rows: list[Row], path: Path, x: str, y: str, labels: tuple[str, str]) -> None:

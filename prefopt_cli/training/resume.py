@@ -81,6 +81,12 @@ def require_same_start(run: RunFolder, manifest: dict[str, Any]) -> None:
         )
 
 
+def manifest_to_go_on_with(run: RunFolder, manifest: dict[str, Any]) -> dict[str, Any]:
+    """The run's own manifest, with the versions of a new run's; for arguments and errors see `require_same_start`."""
+    require_same_start(run, manifest)
+    return {**run.read_manifest(), "versions": manifest["versions"]}
+
+
 def finished_steps(checkpoint: Path) -> TrainerState | None:
     """The trainer's state at a checkpoint of the last step, None where steps are left to train."""
     state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))

@@ -30,8 +30,8 @@ from prefopt_cli.training.reference import ScoringStopped, layout_for, with_refe
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.resume import (
     finished_steps,
+    manifest_to_go_on_with,
     require_resumable,
-    require_same_start,
     restore_progress,
 )
 from prefopt_cli.training.trainer import REFERENCE_COLUMNS, RUN_SUMMARY, PreferenceTrainer
@@ -88,15 +88,10 @@ def train(
     _require_elsewhere(run, recipe, prepared.source)
     args = training_arguments(recipe, run, evaluates=bool(prepared.tokens.eval))
     manifest = first_manifest(
-        recipe,
-        prepared,
-        figures=objective.figures,
-        recipe_folder=recipe_folder,
-        processes=args.world_size,
+        recipe, prepared, figures=objective.figures, recipe_folder=recipe_folder, processes=args.world_size
     )
     if resume:
-        require_same_start(run, manifest)
-        manifest = {**run.read_manifest(), "versions": manifest["versions"]}
+        manifest = manifest_to_go_on_with(run, manifest)
     model = loading.load_model(prepared.source, recipe.model, recipe.adapter)
     if objective.reference != "none":
         reporter.message(f"Reference policy: {describe_reference(prepared.source, recipe.adapter)}.")
@@ -104,11 +99,9 @@ def train(
         layout = layout_for(model.to(args.device), recipe, prepared, args)
     reporter.message(layout.note)
     main_process = args.process_index == 0
-    opened = (
-        _opened(run, recipe, manifest, resume=resume, overwrite=overwrite) if main_process else nullcontext()
-    )
+    open_run = _opened(run, recipe, manifest, resume=resume, overwrite=overwrite)
     card = model_card(recipe, dump_recipe(recipe), manifest)
-    with explained(run), opened, callbacks.stopping_gently() as stop:
+    with explained(run), open_run if main_process else nullcontext(), callbacks.stopping_gently() as stop:
         try:
             prepared = with_reference(
                 prepared,

@@ -19,19 +19,6 @@ def _as_source(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
-DATA_FORMATS = (
-    "standard",
-    "conversational",
-    "implicit_standard",
-    "implicit_conversational",
-    "hh_transcript",
-    "ranked",
-    "scored",
-    "best_of_n",
-)
-"""Shapes of a source's rows; the last three hold several responses to one prompt."""
-
-
 class Source(Section):
     """Rows from one place: a file, a folder on disk, a dataset of the hub, or the sandbox."""
 

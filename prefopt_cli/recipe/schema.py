@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from prefopt_cli.recipe.data_settings import DATA_FORMATS, DatasetSettings, Source
+from prefopt_cli.recipe.data_settings import DatasetSettings, Source
 from prefopt_cli.recipe.methods import (
     GPO_LOSSES,
     METHODS,
@@ -26,7 +26,6 @@ from prefopt_cli.recipe.section import Scalar, Section
 from prefopt_cli.recipe.training_settings import check_training
 
 __all__ = [
-    "DATA_FORMATS",
     "GPO_LOSSES",
     "METHODS",
     "TAKE_LISTS",

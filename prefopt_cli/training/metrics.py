@@ -55,9 +55,9 @@ class EvalMeans:
     def __init__(self) -> None:
         self._rows: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
 
-    def add(self, pair_index: Tensor, values: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def add(self, row_index: Tensor, values: dict[str, tuple[Tensor, Tensor]]) -> None:
         """Add totals (B,) and counts (B,) of every metric for the pairs of a batch."""
-        indices = pair_index.tolist()
+        indices = row_index.tolist()
         for name, (totals, counts) in values.items():
             for index, total, count in zip(indices, totals.tolist(), counts.tolist(), strict=True):
                 self._rows[index][name] = (total, count)

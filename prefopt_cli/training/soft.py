@@ -30,6 +30,9 @@ class SoftTrainer(PreferenceTrainer):
         stop_ids: tokens that end a response.
         samples_file: where a few samples of every draw are kept; None keeps none.
         **arguments: see `PreferenceTrainer`; `ref_model` is the reference of the KL.
+
+    Raises:
+        ValueError: `kl_coef` is positive, and there are no prompts to sample.
     """
 
     def __init__(
@@ -45,7 +48,10 @@ class SoftTrainer(PreferenceTrainer):
         self.settings = settings
         self.samples: SampleWindow | None = None
         if settings.samples:
-            assert sampling is not None
+            if sampling is None:
+                raise ValueError(
+                    "With kl_coef > 0 the policy is sampled, and nothing says for which prompts."
+                )
             self.samples = SampleWindow(
                 self, settings.regularizer, sampling, stop_ids=stop_ids, file=samples_file
             )

@@ -1,12 +1,14 @@
 """Every format is recognised, named in the receipt, and read as its documentation says."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from prefopt_cli import data
+from prefopt_cli.data.formats import FORMATS
 from prefopt_cli.data.receipt import EMPTY_SIDE, IDENTICAL, NO_SHARED_PROMPT
+from prefopt_cli.recipe.schema import Source
 from tests.data.build import chat_row, jsonl, settings
 
 USER = {"role": "user", "content": "Why?"}
@@ -147,3 +149,7 @@ def test_a_few_odd_rows_do_not_change_the_format(tmp_path: Path) -> None:
     assert record.format == "standard"
     assert record.dropped == {"malformed: prompt is nothing, not text": 1}
     assert record.examples == {"malformed: prompt is nothing, not text": ["p.jsonl:0"]}
+
+
+def test_a_recipe_may_name_every_format() -> None:
+    assert set(get_args(Source.model_fields["format"].annotation)) == {"auto", *FORMATS}

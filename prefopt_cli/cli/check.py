@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from prefopt_cli.cli.check_degrees import has_colour, print_degrees, visible
 from prefopt_cli.cli.common import (
     DebugOption,
     JsonOption,
@@ -95,9 +96,10 @@ def _print(found: "Inspection", recipe: str, console: "Console") -> None:
     if found.masks:
         line("What is trained (marked) and what is only read, token by token:")
         for mask in found.masks:
-            console.print(
-                _mask_line(mask, colour=console.is_terminal and not console.no_color), soft_wrap=True
-            )
+            console.print(_mask_line(mask, colour=has_colour(console)), soft_wrap=True)
+        line()
+    if found.degrees:
+        print_degrees(found.degrees, console)
         line()
     line(f"Loss: {found.method}.")
     if found.reference:
@@ -147,21 +149,17 @@ def _mask_line(mask: "MaskedResponse", *, colour: bool) -> "Text":
     text = Text(f"  {mask.row_id} {mask.side}: ")
     hidden = len(context) - CONTEXT_SHOWN
     text.append(f"({hidden} more) " if hidden > 0 else "")
-    text.append("|".join(map(_visible, context[-CONTEXT_SHOWN:])), style="dim" if colour else "")
+    text.append("|".join(map(visible, context[-CONTEXT_SHOWN:])), style="dim" if colour else "")
     text.append(" " if colour else " »")
     style = ("bold red" if mask.rank else "bold green") if colour else ""
     if len(trained) <= TRAINED_SHOWN + END_SHOWN:
-        text.append("|".join(map(_visible, trained)), style=style)
+        text.append("|".join(map(visible, trained)), style=style)
     else:
-        text.append("|".join(map(_visible, trained[:TRAINED_SHOWN])), style=style)
+        text.append("|".join(map(visible, trained[:TRAINED_SHOWN])), style=style)
         text.append(f" ({len(trained) - TRAINED_SHOWN - END_SHOWN} more) ")
-        text.append("|".join(map(_visible, trained[-END_SHOWN:])), style=style)
+        text.append("|".join(map(visible, trained[-END_SHOWN:])), style=style)
     text.append("" if colour else "«")
     return text
-
-
-def _visible(token: str) -> str:
-    return token.replace("\n", "\\n").replace("\t", "\\t")
 
 
 def _print_packing(packing: "Packing", rows: str, console: "Console") -> None:
@@ -178,24 +176,30 @@ def _print_packing(packing: "Packing", rows: str, console: "Console") -> None:
     own = (f"{packing.packed_tokens:,.0f}", "none") if packing.packed else padded
     title = f"a batch of {packing.rows} {rows} (mean of {packing.batches:,})"
     names = ["tokens through the model", "of them padding", "of them in responses"]
-    responses = f"{packing.response_tokens:,.0f}"
+    texts = [f"{packing.response_tokens:,.0f}"]
+    if packing.unscored_tokens is not None:
+        names.append("of them in degraded responses")
+        texts.append(f"{packing.unscored_tokens:,.0f}")
+    of_its_own = packing.reference in OF_ITS_OWN or packing.unscored_tokens is not None
     print_table(
         console,
         Column(title, names),
         [
-            Column(
-                "padded rows" if packing.reference in OF_ITS_OWN else "TRL's padded rows",
-                [*padded, responses],
-            ),
-            Column("prefopt", [*own, responses]),
+            Column("padded rows" if of_its_own else "TRL's padded rows", [*padded, *texts]),
+            Column("prefopt", [*own, *texts]),
         ],
     )
-    if packing.reference in OF_ITS_OWN:
+    if of_its_own:
         left_out = ", the samples not counted" if packing.reference == "samples" else ""
         line(
             f"Predicted from the arithmetic: {packing.speedup_precomputed:.1f} times as fast as on padded rows"
             f"{left_out}."
         )
+        if packing.unscored_cost is not None:
+            line(
+                f"The degree loss adds {packing.unscored_cost:.0%} to the arithmetic of a step (predicted): it takes "
+                f"{1 + packing.unscored_cost:.1f} times as long as with method.align alone."
+            )
         return
     line(
         f"Predicted from the arithmetic: {packing.speedup:.1f} times as fast as TRL's step as it comes, "
@@ -211,6 +215,8 @@ def _peak(found: "Inspection") -> str:
         "that of the heaviest batch of an epoch in random order, with "
         f"{found.packing.heaviest_tokens:,} tokens through the model"
     )
+    if found.packing.unscored_tokens is not None:
+        batch += ", every response beside the longest degraded versions that may be drawn"
     return batch if found.sampling is None else f"{batch}, and of samples as long as they may become"
 
 

@@ -87,13 +87,39 @@ def _remarks(record: Mapping[str, Any]) -> Iterator[str]:
         if one["chosen_longer"] is not None:
             line += f"; chosen longer in {one['chosen_longer']:.1%}, equally long in {one['same_length']:.1%}"
         yield line
+        if one.get("degrees"):
+            yield f"{name}: {_degrees(one['degrees'])}"
         if one["leaked_prompts"]:
             shares = f"{one['leaked_prompts']} of the {one['prompts']} prompts of {name}"
             yield f"warning: {shares} also occur in train"
+    yield from _levels(record)
     if record["max_length"] is not None:
         yield f"max_length: {record['max_length']} tokens; longer rows: {record['on_overflow']}"
     if record["special_tokens"]:
         yield record["special_tokens"]["verdict"]
+
+
+def _degrees(counts: Mapping[str, Any]) -> str:
+    """How many responses have degraded versions, and how many of each level."""
+    levels = ", ".join(
+        f"level {level} {count:,}" for level, count in counts["levels"].items() if level != "0"
+    )
+    without = counts["responses"] - counts["taking_part"]
+    return (
+        f"{counts['taking_part']:,} of {counts['responses']:,} responses have degrees: {levels}; {without:,} take no "
+        "part"
+    )
+
+
+def _levels(record: Mapping[str, Any]) -> Iterator[str]:
+    """What a level is, once for all sets."""
+    counts = next((one["degrees"] for one in record["sets"].values() if one.get("degrees")), None)
+    if counts:
+        levels = len(counts["levels"])
+        yield (
+            f"degrees: level k of {levels} lacks about k/{levels} of a response's key phrases, and level 0 is the "
+            "response itself; of levels that come out alike one is kept"
+        )
 
 
 def _content(one: Mapping[str, Any]) -> str:

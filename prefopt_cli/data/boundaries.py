@@ -7,13 +7,14 @@ first (the rule of TRL's DPOTrainer), so all responses share one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
 
-from prefopt_cli.data.examples import Comparison, shared_length
+from prefopt_cli.data.degrading import Degrading
+from prefopt_cli.data.examples import Comparison, Text, shared_length
 from prefopt_cli.data.receipt import BOS_IN_TEXT, BOUNDARY, TURN_IN_TEXT, TURN_INSIDE
 from prefopt_cli.data.special_tokens import SpecialTokens, encode, render
 
@@ -25,6 +26,8 @@ class Encoded:
     prompt: list[int]
     responses: list[list[int]]
     notes: tuple[str, ...]
+    degraded: list[list[tuple[int, list[int]]]] = field(default_factory=list)
+    """For each response its degraded versions, each with its level; empty where none were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,36 +37,50 @@ class _Written:
     prompt: str
     responses: list[str]
     turn_in_text: bool
+    degraded: list[list[tuple[int, str]]]
 
 
-def encode_rows(rows: Sequence[Comparison], tokenizer: Any, special: SpecialTokens) -> list[Encoded | None]:
+def encode_rows(
+    rows: Sequence[Comparison], tokenizer: Any, special: SpecialTokens, degrading: Degrading | None = None
+) -> list[Encoded | None]:
     """Token ids of ``rows``, in one call of the tokenizer; None where the chat template refuses a row."""
-    written = [_write(row, tokenizer, special) for row in rows]
-    texts = [text for one in written if one for text in (one.prompt, *one.responses)]
+    written = [_write(row, tokenizer, special, degrading) for row in rows]
+    texts = [text for one in written if one for text in _texts(one)]
     ids = iter(encode(tokenizer, texts)) if texts else iter(())
-    return [
-        _split(one, next(ids), [next(ids) for _ in one.responses], row, special) if one else None
-        for row, one in zip(rows, written, strict=True)
-    ]
+    return [_split(one, ids, row, special) if one else None for row, one in zip(rows, written, strict=True)]
 
 
-def _write(row: Comparison, tokenizer: Any, special: SpecialTokens) -> _Written | None:
+def _write(
+    row: Comparison, tokenizer: Any, special: SpecialTokens, degrading: Degrading | None
+) -> _Written | None:
     turns = {special.eos, special.chat.turn} if special.chat and row.is_chat else {special.eos}
     bare = [_without_turn(response, turns) for response in row.responses]
+    degraded = [degrading.of(response) for response, _ in bare] if degrading else []
     prompt: Any = row.prompt
-    wholes = [prompt + response for response, _ in bare]
-    had = any(had for _, had in bare)
-    if not (row.is_chat and special.chat):
-        return _Written(prompt, wholes, had)
-    noise = special.chat.noise
+
+    def whole(response: Text) -> str:
+        if not (row.is_chat and special.chat):
+            return str(prompt + response)
+        text = render(tokenizer, prompt + response, generation_prompt=False)
+        return text.removesuffix(special.chat.noise)
+
     try:
         return _Written(
-            render(tokenizer, prompt, generation_prompt=True),
-            [render(tokenizer, whole, generation_prompt=False).removesuffix(noise) for whole in wholes],
-            had,
+            render(tokenizer, prompt, generation_prompt=True) if row.is_chat and special.chat else prompt,
+            [whole(response) for response, _ in bare],
+            any(had for _, had in bare),
+            [[(level, whole(response)) for level, response in each] for each in degraded],
         )
     except jinja2.TemplateError:
         return None
+
+
+def _texts(written: _Written) -> Iterator[str]:
+    """All that is tokenised of a row, in the order in which `_split` takes it up."""
+    yield written.prompt
+    yield from written.responses
+    for levels in written.degraded:
+        yield from (text for _, text in levels)
 
 
 def _without_turn(response: Any, turns: set[str]) -> tuple[Any, bool]:
@@ -77,11 +94,14 @@ def _without_turn(response: Any, turns: set[str]) -> tuple[Any, bool]:
     return response, False
 
 
-def _split(
-    written: _Written, prompt: list[int], wholes: list[list[int]], row: Comparison, special: SpecialTokens
-) -> Encoded:
-    prompt, prefixes = special.with_prefix(prompt)
-    wholes = [_ended(special.with_prefix(whole)[0], row, special) for whole in wholes]
+def _split(written: _Written, ids: Iterator[list[int]], row: Comparison, special: SpecialTokens) -> Encoded:
+    def next_whole() -> list[int]:
+        return _ended(special.with_prefix(next(ids))[0], row, special)
+
+    prompt, prefixes = special.with_prefix(next(ids))
+    wholes = [next_whole() for _ in written.responses]
+    degraded = [[(level, next_whole()) for level, _ in levels] for levels in written.degraded]
+    # The degraded have no say in where the prompt ends: the data is the same with them and without.
     cut = min((shared_length(prompt, whole) for whole in wholes), default=len(prompt))
     notes = {
         BOUNDARY: cut < len(prompt),
@@ -90,7 +110,15 @@ def _split(
         BOS_IN_TEXT: prefixes > bool(row.is_chat and special.chat and special.chat.writes_bos),
     }
     applying = tuple(note for note, applies in notes.items() if applies)
-    return Encoded(prompt[:cut], [whole[cut:] for whole in wholes], applying)
+    return Encoded(
+        prompt[:cut],
+        [whole[cut:] for whole in wholes],
+        applying,
+        [
+            [(level, whole[cut:]) for level, whole in levels if whole[:cut] == prompt[:cut]]
+            for levels in degraded
+        ],
+    )
 
 
 def _ended(ids: list[int], row: Comparison, special: SpecialTokens) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from prefopt_cli.data import receipt
 from prefopt_cli.data.boundaries import Encoded
@@ -19,6 +19,8 @@ class Fitted:
     responses: tuple[list[int], ...]
     ranks: tuple[int, ...]
     notes: tuple[str, ...]
+    numbers: tuple[int, ...]
+    """Which responses of the row these are."""
 
 
 def longest(encoded: Encoded) -> int:
@@ -39,7 +41,8 @@ def fit(encoded: Encoded | None, ranks: Sequence[int], settings: DatasetSettings
     limit = settings.max_length
     if limit is not None and len(encoded.prompt) >= limit:
         return receipt.PROMPT_TOO_LONG
-    fitted = Fitted(encoded.prompt, tuple(encoded.responses), tuple(ranks), encoded.notes)
+    responses = tuple(encoded.responses)
+    fitted = Fitted(encoded.prompt, responses, tuple(ranks), encoded.notes, tuple(range(len(responses))))
     if limit is not None and longest(encoded) > limit:
         shortened = _shorten(fitted, limit - len(encoded.prompt), settings.on_overflow)
         if shortened is None:
@@ -52,7 +55,7 @@ def _shorten(fitted: Fitted, room: int, on_overflow: str) -> Fitted | None:
     """The row with no response over ``room`` tokens; None where it cannot be had."""
     if on_overflow == "truncate_response":
         cut = tuple(one[:room] for one in fitted.responses)
-        return Fitted(fitted.prompt, cut, fitted.ranks, (*fitted.notes, receipt.TRUNCATED))
+        return replace(fitted, responses=cut, notes=(*fitted.notes, receipt.TRUNCATED))
     if on_overflow == "error" or len(fitted.ranks) <= 2:
         return None
     fits = [number for number, one in enumerate(fitted.responses) if len(one) <= room]
@@ -72,4 +75,30 @@ def _distinct(fitted: Fitted) -> Fitted | str:
 
 
 def _kept(fitted: Fitted, keep: list[int], note: str) -> Fitted:
-    return Fitted(fitted.prompt, *subset(fitted.responses, fitted.ranks, keep), (*fitted.notes, note))
+    responses, ranks = subset(fitted.responses, fitted.ranks, keep)
+    numbers = tuple(fitted.numbers[each] for each in keep)
+    return Fitted(fitted.prompt, responses, ranks, (*fitted.notes, note), numbers)
+
+
+def degrees(encoded: Encoded, fitted: Fitted) -> tuple[tuple[tuple[int, list[int]], ...], ...]:
+    """Of every response that stays its degraded versions with their levels, the mildest first.
+
+    A version must be shorter than its response in tokens too, and differ from the milder ones. A response that was
+    truncated has none: it ends in the middle, which would tell it from all that are whole.
+    """
+    return tuple(
+        _distinct_levels(response, encoded.responses[number], encoded.degraded[number])
+        for number, response in zip(fitted.numbers, fitted.responses, strict=True)
+    )
+
+
+def _distinct_levels(
+    response: list[int], whole: list[int], levels: list[tuple[int, list[int]]]
+) -> tuple[tuple[int, list[int]], ...]:
+    if len(response) < len(whole):
+        return ()
+    kept: list[tuple[int, list[int]]] = []
+    for level, ids in levels:
+        if len(ids) < len(response) and all(ids != other for _, other in kept):
+            kept.append((level, ids))
+    return tuple(kept)

@@ -26,7 +26,9 @@ def pairs_of(rows: Sequence[TokenRow], pairing: Pairing) -> list[TokenRow]:
             continue
         for better, worse in couples(row.ranks, pairing):
             sides = row.responses[better], row.responses[worse]
-            made.append(TokenRow(f"{row.row_id}[{better}>{worse}]", row.prompt, sides, (0, 1)))
+            degrees = (row.degrees[better], row.degrees[worse]) if row.degrees else ()
+            row_id = f"{row.row_id}[{better}>{worse}]"
+            made.append(TokenRow(row_id, row.prompt, sides, (0, 1), degrees))
     return made
 
 

@@ -32,6 +32,7 @@ BOUNDARY = "boundary inside a token"
 TURN_IN_TEXT = "end-of-turn already in the text"
 TURN_INSIDE = "end-of-turn inside a response"
 BOS_IN_TEXT = "BOS already in the text"
+NO_DEGREES = "response without degrees"
 
 EXAMPLES_SHOWN = 3
 """How many row ids a receipt keeps per reason."""
@@ -106,6 +107,9 @@ class SetReceipt:
     for prompt, chosen and rejected of every pair (for prompt and responses where rows stay lists),
     percentiles, maximum and total in tokens; ``chosen_longer`` and ``same_length`` are shares of the
     pairs, None for lists.
+
+    ``degrees``, where responses were degraded: how many ``responses`` were to be, how many of them are
+    ``taking_part``, and how many have each of the ``levels`` (0 being themselves).
     """
 
     sources: list[SourceReceipt]
@@ -119,6 +123,7 @@ class SetReceipt:
     list_sizes: list[int] | None = None
     pairs: int | None = None
     pairing: str | None = None
+    degrees: dict[str, Any] | None = None
 
     def dropped(self) -> dict[str, int]:
         """Dropped rows by reason, over all sources."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -24,6 +24,8 @@ class TokenRow:
     prompt: np.ndarray
     responses: tuple[np.ndarray, ...]
     ranks: tuple[int, ...]
+    degrees: tuple[tuple[tuple[int, np.ndarray], ...], ...] = ()
+    """For each response its degraded versions, each with its level; empty where none were asked for."""
 
 
 class Ragged(NamedTuple):
@@ -49,6 +51,10 @@ class Columns:
     prompts: Ragged
     responses: Ragged
     ranks: Ragged
+    levels: Ragged | None = None
+    """Levels of each response's degraded versions, where they were asked for."""
+    degraded: Ragged | None = None
+    """Tokens of each degraded version."""
 
     @property
     def pairwise(self) -> bool:
@@ -60,11 +66,18 @@ def columns_of(rows: Sequence[TokenRow]) -> Columns:
     """The rows' arrays, joined."""
     sizes = np.fromiter((len(row.ranks) for row in rows), np.int64, len(rows))
     ranks = np.fromiter(chain.from_iterable(row.ranks for row in rows), np.int32, int(sizes.sum()))
-    return Columns(
+    columns = Columns(
         [row.row_id for row in rows],
         _ragged([row.prompt for row in rows]),
         _ragged([response for row in rows for response in row.responses]),
         Ragged(sizes, ranks),
+    )
+    if not any(row.degrees for row in rows):
+        return columns
+    versions = [each for row in rows for each in row.degrees]
+    levels = _ragged([np.array([level for level, _ in each], dtype=np.int32) for each in versions])
+    return replace(
+        columns, levels=levels, degraded=_ragged([tokens for each in versions for _, tokens in each])
     )
 
 
@@ -74,18 +87,23 @@ def _ragged(lists: Sequence[np.ndarray]) -> Ragged:
 
 
 def as_dataset(columns: Columns) -> datasets.Dataset:
-    """An in-memory table of ``row_id``, ``prompt_ids`` and, if there are any, ``response_ids`` and ``ranks``."""
+    """An in-memory table of ``row_id``, ``prompt_ids`` and what else there is; see ``TokenizedData``."""
     table: dict[str, Any] = {"row_id": columns.row_ids, "prompt_ids": columns.prompts.as_arrow()}
     if len(columns.responses.lengths):
         table["response_ids"] = columns.ranks.as_arrow(columns.responses.as_arrow())
         table["ranks"] = columns.ranks.as_arrow()
+    if columns.levels is not None and columns.degraded is not None:
+        table["degraded_ids"] = columns.ranks.as_arrow(columns.levels.as_arrow(columns.degraded.as_arrow()))
+        table["degraded_levels"] = columns.ranks.as_arrow(columns.levels.as_arrow())
     return datasets.Dataset(datasets.table.InMemoryTable(pa.table(table)))
 
 
 def fingerprint(columns: Columns) -> str:
-    """sha256 of token ids and ranks in order, whatever the row ids."""
+    """sha256 of token ids, ranks and levels in order, whatever the row ids."""
     digest = hashlib.sha256()
-    for lists in (columns.prompts, columns.responses, columns.ranks):
+    for lists in (columns.prompts, columns.responses, columns.ranks, columns.levels, columns.degraded):
+        if lists is None:
+            continue
         # Lengths first: the same tokens cut at other places are other data.
         digest.update(lists.lengths.astype("<i8", copy=False).tobytes())
         digest.update(lists.values.astype("<i4", copy=False).tobytes())

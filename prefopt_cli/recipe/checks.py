@@ -4,64 +4,14 @@ They look at the data rather than at the finished ``Recipe`` so that they are to
 types and unknown keys. A value that is itself mistaken counts as not given.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.recipe.methods import METHODS, TAKE_LISTS
-from prefopt_cli.recipe.problems import Path, Problem, join_names, shown
+from prefopt_cli.recipe.method_checks import METHOD_CHECKS, known_levels
+from prefopt_cli.recipe.problems import Path, Problem, shown
 from prefopt_cli.recipe.schemes import find_scheme
-from prefopt_cli.recipe.training_fields import MISSING, training_fields
-
-
-class Settings:
-    """Values of a recipe by key path: as written if sound, else the default."""
-
-    def __init__(self, data: Any, mistaken: Iterable[Path]) -> None:
-        self._data = data
-        self._mistaken = set(mistaken)
-
-    def get(self, *path: str | int) -> Any:
-        """The value at ``path``, or None."""
-        value = self._data
-        for depth, key in enumerate(path, start=1):
-            listed = isinstance(value, list) and isinstance(key, int) and key < len(value)
-            if not (listed or (isinstance(value, dict) and key in value)) or path[:depth] in self._mistaken:
-                return None
-            value = value[key]
-        return value
-
-    def training(self, name: str) -> Any:
-        """A training field, with its default where it is not given."""
-        value = self.get("training", name)
-        if value is None and name == "eval_strategy":
-            return "epoch" if self.has_eval_sets() else "no"  # prefopt's own default
-        if value is None and name in training_fields() and training_fields()[name].default is not MISSING:
-            return training_fields()[name].default
-        return value
-
-    def eval_sets(self) -> list[str]:
-        """Names of the eval sets, the held-out share among them."""
-        named = self.get("dataset", "eval")
-        holdout = ["holdout"] if self.get("dataset", "holdout") is not None else []
-        return [*(named if isinstance(named, dict) else ()), *holdout]
-
-    def sources(self) -> Iterator[Path]:
-        """Where the sources stand, each a mapping or its name alone."""
-        named = self.get("dataset", "eval")
-        sets: list[Path] = [("dataset", "train")]
-        sets += [("dataset", "eval", name) for name in (named if isinstance(named, dict) else ())]
-        prompts: Path = ("method", "regularizer", "prompts")
-        sets += [prompts] if self.get(*prompts) is not None else []
-        for path in sets:
-            value = self.get(*path)
-            yield from [(*path, entry) for entry in range(len(value))] if isinstance(value, list) else [path]
-
-    def has_eval_sets(self) -> bool:
-        """Whether there is anything to evaluate on; a mistaken section gets the benefit of the doubt."""
-        unsure = any(path[:1] in ((), ("dataset",)) for path in self._mistaken)
-        return bool(unsure or self.eval_sets())
-
+from prefopt_cli.recipe.values import Check, Settings
 
 EVAL_METRICS = (
     "loss",
@@ -81,10 +31,9 @@ EVAL_METRICS = (
 METHOD_METRICS = {
     "gpo": ("gpo/gradient_weight", "gpo/squared_log_ratio"),
     "soft": ("soft/gradient_weight",),
+    "self_supervised": ("align/loss", "ssl/loss", "ssl/accuracy"),
 }
-"""What those of a method report besides."""
-
-Check = Callable[[Settings], Iterator[Problem]]
+"""What those of a method report besides; self_supervised also the accuracy at each of its levels."""
 
 
 def _problem(name: str, message: str) -> Problem:
@@ -146,9 +95,12 @@ def _metric_of_one_set(settings: Settings) -> Iterator[Problem]:
 
 
 def _method_metrics(settings: Settings) -> Iterator[str]:
-    method = settings.get("method", "name")
+    method, align = settings.get("method", "name"), settings.get(*settings.alignment(), "name")
+    unsure = method not in METHOD_METRICS or align not in METHOD_METRICS
     for name, metrics in METHOD_METRICS.items():
-        yield from metrics if name == method or method not in METHOD_METRICS else ()
+        yield from metrics if unsure or name in (method, align) else ()
+    if unsure or method == "self_supervised":
+        yield from (f"ssl/accuracy_level_{level}" for level in range(known_levels(settings)))
 
 
 def _whole_multiple(settings: Settings) -> Iterator[Problem]:
@@ -202,34 +154,6 @@ def _prefetch_needs_workers(settings: Settings) -> Iterator[Problem]:
         yield _problem("dataloader_prefetch_factor", "needs training.dataloader_num_workers of at least 1")
 
 
-def _lists_for_the_method(settings: Settings) -> Iterator[Problem]:
-    method, lists = settings.get("method", "name"), settings.get("dataset", "lists")
-    takes_lists = method in TAKE_LISTS
-    if lists == "whole" and method in METHODS and not takes_lists:
-        yield Problem(
-            ("dataset", "lists"),
-            f"method {method} compares pairs; use all_pairs or adjacent_pairs, or method {join_names(TAKE_LISTS)}",
-        )
-
-
-def _weights_need_pairs_to_compare(settings: Settings) -> Iterator[Problem]:
-    weighted = settings.get("method", "mu") not in (None, "none")
-    if weighted and settings.training("per_device_train_batch_size") == 1:
-        yield Problem(
-            ("method", "mu"),
-            "weighs the pairs that go through the model together, and per_device_train_batch_size is 1; use at least "
-            "2, or mu: none",
-        )
-
-
-def _soft_without_reference_scores(settings: Settings) -> Iterator[Problem]:
-    if settings.get("method", "name") != "soft":
-        return
-    for name in ("precompute_ref_log_probs", "precompute_ref_batch_size"):
-        if settings.get("training", name) is not None:
-            yield _problem(name, "method soft never scores the data with the reference policy; leave it out")
-
-
 def _model_of_a_scheme(settings: Settings) -> Iterator[Problem]:
     yield from _judged(settings, ("model", "name_or_path"), ("model",), "model")
 
@@ -269,9 +193,7 @@ CHECKS: tuple[Check, ...] = (
     _holdout_name,
     _step_counts,
     _prefetch_needs_workers,
-    _lists_for_the_method,
-    _weights_need_pairs_to_compare,
-    _soft_without_reference_scores,
+    *METHOD_CHECKS,
     _model_of_a_scheme,
     _data_of_a_scheme,
 )

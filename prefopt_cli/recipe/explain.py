@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from prefopt_cli.recipe.problems import Path, Problem, join_names, join_types, shown
-from prefopt_cli.recipe.suggestions import LOSS_ALIASES, nearest, unknown_key
+from prefopt_cli.recipe.problems import Path, Problem, join_names, join_types, shown, through_align
+from prefopt_cli.recipe.suggestions import LOSS_ALIASES, Named, nearest, unknown_key
 
 _EXPECTED = {
     "int_type": "an integer",
@@ -36,11 +36,18 @@ _REMEDIES: dict[Path, str] = {
     ("quantization",): "quantised weights are not supported",
     ("launch", "processes"): "several processes are not supported",
     ("adapter", "type"): "write {type: lora, ...}",
+    ("method", "align"): "write the alignment loss: {name: gpo, ...}",
+    ("method", "stopwords"): "write en, a file with one word per line, or the words",
     ("method", "mu"): "write none, or {gamma: 0.1}",
     ("method", "regularizer"): "write {sample_every: 8, ...}; kl_coef: 0 does without samples",
     ("adapter", "bias"): "trained biases stay when the adapter is switched off, so the reference would move",
     ("adapter", "init_lora_weights"): "with others the policy without its adapter is not the reference",
 }
+_REASONS: dict[tuple[Path, str], str] = {
+    (("method", "levels"), "greater_than_equal"): "with a single level there is nothing to tell apart",
+    (("method", "levels"), "less_than_equal"): "few responses have so many key phrases",
+}
+"""Why a limit is where it is."""
 _MANY = 12
 
 
@@ -66,14 +73,15 @@ def explain(error: ValidationError, data: Any) -> list[Problem]:
     grouped: dict[Path, list[_Mistake]] = {}
     for mistake in _without_other_branches(mistakes):
         grouped.setdefault(mistake.path, []).append(mistake)
-    method = _named_method(data)
-    return [Problem(path, _message(path, group, method)) for path, group in grouped.items()]
+    named = _named_methods(data)
+    return [Problem(path, _message(path, group, named)) for path, group in grouped.items()]
 
 
-def _named_method(data: Any) -> str | None:
+def _named_methods(data: Any) -> Named:
     method = data.get("method") if isinstance(data, dict) else None
-    name = method.get("name") if isinstance(method, dict) else None
-    return name if isinstance(name, str) else None
+    align = method.get("align") if isinstance(method, dict) else None
+    names = [each.get("name") if isinstance(each, dict) else None for each in (method, align)]
+    return Named(*(name if isinstance(name, str) else None for name in names))
 
 
 def _place(error: Any, data: Any) -> _Mistake:
@@ -109,14 +117,14 @@ def _without_other_branches(mistakes: list[_Mistake]) -> list[_Mistake]:
     ]
 
 
-def _message(path: Path, group: list[_Mistake], method: str | None) -> str:
+def _message(path: Path, group: list[_Mistake], named: Named) -> str:
     error = group[0].error
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind == "extra_forbidden":
-        return unknown_key(path, method)
+        return unknown_key(path, named)
     if kind == "missing":
         return _missing(path, error)
-    if kind == "governed":
+    if kind in ("governed", "nested_method"):
         return str(error["msg"])
     if error["loc"] and error["loc"][-1] == "[key]":
         return _with_suggestion(
@@ -128,7 +136,9 @@ def _message(path: Path, group: list[_Mistake], method: str | None) -> str:
         return "expected at least one entry, found an empty list"
     if kind in _LIMITS:
         words, key = _LIMITS[kind]
-        return f"expected a number {words} {shown(context[key])}, found {shown(value)}"
+        message = f"expected a number {words} {shown(context[key])}, found {shown(value)}"
+        reason = _REASONS.get((path, kind))
+        return f"{message}; {reason}" if reason else message
     names = context.get("names") or _literals(error)
     if "names" in context:
         expected = f"expected {_one_of(names)}" if len(names) > _MANY else str(error["msg"])
@@ -136,13 +146,13 @@ def _message(path: Path, group: list[_Mistake], method: str | None) -> str:
         wanted = dict.fromkeys(mistake.expected or mistake.error["msg"] for mistake in group)
         expected = f"expected {join_types(wanted)}"
     message = _with_suggestion(f"{expected}, found {shown(value)}", value, names)
-    remedy = _REMEDIES.get(path) or _remedy(expected, value)
+    remedy = _REMEDIES.get(through_align(path)) or _remedy(expected, value)
     return f"{message}; {remedy}" if remedy and "did you mean" not in message else message
 
 
 def _missing(path: Path, error: Any) -> str:
     text = str(error["msg"]) if "names" in error.get("ctx", {}) else "missing"
-    remedy = _REMEDIES.get(path)
+    remedy = _REMEDIES.get(through_align(path))
     return f"{text}; {remedy}" if remedy else text if text != "missing" else "missing; it has no default"
 
 

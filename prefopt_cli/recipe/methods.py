@@ -1,8 +1,8 @@
 """The ``method`` section: one class of settings for each method."""
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, ValidationError, WrapValidator, field_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
@@ -17,7 +17,16 @@ CUSTOM_LOSS = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z
 """``package.module:function``, a user's own f."""
 
 
-class GPOSettings(Section):
+class AlignmentSettings(Section):
+    """A method that is an alignment loss: it trains alone, or beside the loss of another method."""
+
+    @property
+    def alignment(self) -> Self:
+        """The settings of the alignment loss: these."""
+        return self
+
+
+class GPOSettings(AlignmentSettings):
     """Generalized Preference Optimization (Tang et al., ICML 2024, arXiv 2402.05749)."""
 
     name: Literal["gpo"]
@@ -83,7 +92,7 @@ class Regularizer(Section):
     )
 
 
-class SoftSettings(Section):
+class SoftSettings(AlignmentSettings):
     """Soft Preference Optimization (Sharifnassab et al., TMLR 2026, arXiv 2405.00747)."""
 
     name: Literal["soft"]
@@ -117,36 +126,40 @@ class SoftSettings(Section):
         return self.kl_coef > 0
 
 
-Method = GPOSettings | SoftSettings
-"""Any method's settings: a union, told apart by `name`."""
+Alignment = GPOSettings | SoftSettings
+"""Any alignment loss's settings: a union, told apart by `name`."""
 
-METHODS: dict[str, type[GPOSettings] | type[SoftSettings]] = {"gpo": GPOSettings, "soft": SoftSettings}
-"""Every method by its `name:`."""
+ALIGNMENTS: dict[str, type[Alignment]] = {"gpo": GPOSettings, "soft": SoftSettings}
+"""The alignment losses by their `name:`."""
 
 TAKE_LISTS = ("soft",)
-"""Methods that take whole lists of responses; the others take pairs."""
+"""Alignment losses that take whole lists of responses; the others take pairs."""
 
 
-def _pick_method(value: Any, union: Any) -> Section:
-    """Validate by the settings of the named method alone: no mistakes of the methods not meant."""
-    if isinstance(value, Method):
-        return value
-    if not isinstance(value, Mapping):
-        raise PydanticCustomError("dict_type", "expected a mapping")
-    if "name" not in value:
-        raise _name_error(
-            value, PydanticCustomError("missing", "missing; one of {expected}", _method_names())
-        )
-    if value["name"] not in METHODS:
-        raise _name_error(
-            value["name"],
-            PydanticCustomError("unknown_method", "expected one of {expected}", _method_names()),
-        )
-    return METHODS[value["name"]].model_validate(value)
+def _picker(known: Mapping[str, type[Section]]) -> Callable[[Any, Any], Any]:
+    """A validator by the settings of the named method alone: no mistakes of the methods not meant."""
+
+    def pick(value: Any, union: Any) -> Any:
+        if isinstance(value, tuple(known.values())):
+            return value
+        if not isinstance(value, Mapping):
+            raise PydanticCustomError("dict_type", "expected a mapping")
+        names = {"expected": ", ".join(known), "names": list(known)}
+        if "name" not in value:
+            raise _name_error(value, PydanticCustomError("missing", "missing; one of {expected}", names))
+        name = value["name"]
+        if name == "self_supervised" and name not in known:
+            raise _name_error(name, PydanticCustomError("nested_method", _NESTED, names))
+        if not isinstance(name, str) or name not in known:
+            raise _name_error(
+                name, PydanticCustomError("unknown_method", "expected one of {expected}", names)
+            )
+        return known[name].model_validate(value)
+
+    return pick
 
 
-def _method_names() -> dict[str, Any]:
-    return {"expected": ", ".join(METHODS), "names": list(METHODS)}
+_NESTED = "self_supervised adds to an alignment loss and cannot be one itself; use one of {expected}"
 
 
 def _name_error(value: Any, error: PydanticCustomError) -> ValidationError:
@@ -155,5 +168,72 @@ def _name_error(value: Any, error: PydanticCustomError) -> ValidationError:
     )
 
 
-AnyMethod = Annotated[Method, WrapValidator(_pick_method, json_schema_input_type=Method)]
+MOST_LEVELS = 32
+"""More degrees than a response has key phrases cannot be told apart; few have so many."""
+
+
+class SelfSupervisedSettings(Section):
+    """Self-supervised Preference Optimization (Li et al., EMNLP 2024 Findings, arXiv 2409.17791)."""
+
+    name: Literal["self_supervised"]
+    align: Annotated[Alignment, WrapValidator(_picker(ALIGNMENTS), json_schema_input_type=Alignment)] = Field(
+        description="The alignment loss beside it, written as under `method`: {name: gpo, beta: 0.1}."
+    )
+    ssl_coef: float = Field(
+        default=0.1,
+        ge=0.0,
+        description="Weight of the preference-degree loss; 0 trains the alignment loss alone.",
+    )
+    levels: int = Field(
+        default=4,
+        ge=2,
+        le=MOST_LEVELS,
+        description="Degrees of a response: level k lacks the top round(n k / levels) of its n key phrases.",
+    )
+    levels_per_step: int = Field(
+        default=1,
+        ge=1,
+        description="Levels drawn per response and step; more is more signal and more tokens.",
+    )
+    apply_to: Literal["both", "chosen", "rejected"] = Field(
+        default="both", description="Responses whose degrees are to be told."
+    )
+    pooling: Literal["last", "mean"] = Field(
+        default="last",
+        description="What the classifier reads: the hidden state of the last response token, or the mean of all.",
+    )
+    stopwords: str | list[str] = Field(
+        default="en",
+        description="Words between key phrases: a language (en, de, ...), a file with one word per line, or a list.",
+        json_schema_extra={"minLength": 1, "minItems": 1},
+    )
+    head_learning_rate: float = Field(
+        default=1.0e-3,
+        gt=0.0,
+        description="Learning rate of the classifier head; it follows the schedule of training.learning_rate.",
+    )
+
+    @field_validator("stopwords")
+    @classmethod
+    def _some_stopwords(cls, value: str | list[str]) -> str | list[str]:
+        if not "".join(value).strip():
+            raise ValueError(
+                "an empty stop list makes one key phrase of all words up to the next punctuation mark; "
+                "name a language such as en, a file, or the words"
+            )
+        return value
+
+    @property
+    def alignment(self) -> Alignment:
+        """The settings of the alignment loss."""
+        return self.align
+
+
+Method = Alignment | SelfSupervisedSettings
+"""Any method's settings: a union, told apart by `name`."""
+
+METHODS: dict[str, type[Method]] = {**ALIGNMENTS, "self_supervised": SelfSupervisedSettings}
+"""Every method by its `name:`."""
+
+AnyMethod = Annotated[Method, WrapValidator(_picker(METHODS), json_schema_input_type=Method)]
 """The field of a recipe."""

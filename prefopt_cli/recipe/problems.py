@@ -10,6 +10,11 @@ Path = tuple[str | int, ...]
 """A key path: ``("dataset", "train", 0, "limit")``."""
 
 
+def through_align(path: Path) -> Path:
+    """Of a setting of ``method.align`` the path it has where its method stands alone."""
+    return ("method", *path[2:]) if path[:2] == ("method", "align") and len(path) > 2 else path
+
+
 def dotted(path: Path) -> str:
     """``dataset.train.0.limit``; odd characters in a key are escaped."""
     return ".".join(part if isinstance(part, str) and part.isprintable() else repr(part) for part in path)

@@ -12,13 +12,16 @@ from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from prefopt_cli.recipe.data_settings import DatasetSettings, Source
 from prefopt_cli.recipe.methods import (
+    ALIGNMENTS,
     GPO_LOSSES,
     METHODS,
     TAKE_LISTS,
+    Alignment,
     AnyMethod,
     GPOSettings,
     Method,
     Regularizer,
+    SelfSupervisedSettings,
     SoftSettings,
     Weighting,
 )
@@ -26,9 +29,11 @@ from prefopt_cli.recipe.section import Scalar, Section
 from prefopt_cli.recipe.training_settings import check_training
 
 __all__ = [
+    "ALIGNMENTS",
     "GPO_LOSSES",
     "METHODS",
     "TAKE_LISTS",
+    "Alignment",
     "DatasetSettings",
     "GPOSettings",
     "LaunchSettings",
@@ -39,6 +44,7 @@ __all__ = [
     "Regularizer",
     "Scalar",
     "Section",
+    "SelfSupervisedSettings",
     "SoftSettings",
     "Source",
     "Weighting",

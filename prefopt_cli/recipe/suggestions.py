@@ -1,11 +1,13 @@
 """The nearest valid name: among the keys of the section, of other sections, and among old names."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
-from prefopt_cli.recipe.problems import Path, join_names
+from prefopt_cli.recipe.problems import Path, dotted, join_names, through_align
 from prefopt_cli.recipe.schema import (
+    ALIGNMENTS,
     METHODS,
     DatasetSettings,
     LaunchSettings,
@@ -13,6 +15,7 @@ from prefopt_cli.recipe.schema import (
     ModelSettings,
     Recipe,
     Regularizer,
+    Section,
     Source,
     Weighting,
 )
@@ -63,6 +66,32 @@ ALIASES = {
 }
 """Names that other tools and older versions use, and the key that does it here."""
 
+SELF_SUPERVISED_ALIASES = {
+    "gamma": "method.ssl_coef",
+    "ssl_weight": "method.ssl_coef",
+    "num_levels": "method.levels",
+    "head_lr": "method.head_learning_rate",
+    "stop_words": "method.stopwords",
+}
+"""Such names in a recipe of self_supervised."""
+
+LANGUAGE_NAMES = {
+    "arabic": "ar",
+    "chinese": "zh",
+    "dutch": "nl",
+    "english": "en",
+    "french": "fr",
+    "german": "de",
+    "italian": "it",
+    "japanese": "ja",
+    "korean": "ko",
+    "polish": "pl",
+    "portuguese": "pt",
+    "russian": "ru",
+    "spanish": "es",
+}
+"""Other tools name stop lists by the language's name."""
+
 LOSS_ALIASES = {
     "dpo": "'logistic'",
     "sigmoid": "'logistic'",
@@ -84,23 +113,31 @@ def nearest(name: str, names: Iterable[str], cutoff: float = 0.6) -> str | None:
     return lowered[found[0]] if found else None
 
 
+class Named(NamedTuple):
+    """What a recipe's method section names, as far as it is known."""
+
+    method: str | None = None
+    align: str | None = None
+
+
 @lru_cache(maxsize=8)
-def _owners(method: str | None) -> dict[str, list[str]]:
+def _owners(named: Named) -> dict[str, list[str]]:
     """The sections (dotted) in which each key is valid, for a recipe of this method (None: of any)."""
-    methods = [METHODS[method]] if method in METHODS else METHODS.values()
     sections: dict[str, Iterable[str]] = {
         "": Recipe.model_fields,
         "model": ModelSettings.model_fields,
         "adapter": LoraAdapter.model_fields,
         "dataset": DatasetSettings.model_fields,
         "dataset.train.0": Source.model_fields,
-        "method": dict.fromkeys(key for each in methods for key in each.model_fields),
+        "method": _keys(named.method, METHODS),
         "training": allowed_fields(),
         "launch": LaunchSettings.model_fields,
     }
-    if "regularizer" in sections["method"]:
-        sections["method.regularizer"] = Regularizer.model_fields
-        sections["method.mu"] = Weighting.model_fields
+    if named.method == "self_supervised":
+        sections["method.align"] = _keys(named.align, ALIGNMENTS)
+    for place in [place for place, keys in sections.items() if "regularizer" in keys]:
+        sections[f"{place}.regularizer"] = Regularizer.model_fields
+        sections[f"{place}.mu"] = Weighting.model_fields
     owners: dict[str, list[str]] = {}
     for section, keys in sections.items():
         for key in keys:
@@ -108,29 +145,55 @@ def _owners(method: str | None) -> dict[str, list[str]]:
     return owners
 
 
-def siblings(path: Path, method: str | None = None) -> list[str]:
+def _keys(name: str | None, known: Mapping[str, type[Section]]) -> list[str]:
+    """The keys of the method of this name, of all where it is not known."""
+    methods = [known[name]] if name is not None and name in known else known.values()
+    return list(dict.fromkeys(key for each in methods for key in each.model_fields))
+
+
+def siblings(path: Path, named: Named) -> list[str]:
     """The valid keys beside the last one of ``path``."""
     section = ".".join(str(part) for part in path[:-1])
     if path[:2] == ("dataset", "train") or path[:2] == ("dataset", "eval"):
         section = "dataset.train.0" if len(path) > 2 else "dataset"
-    if path[:3] == ("method", "regularizer", "prompts") and len(path) > 3:
+    if through_align(path)[:3] == ("method", "regularizer", "prompts") and len(through_align(path)) > 3:
         section = "dataset.train.0"
-    places = ((full.rpartition("."), key) for key, fulls in _owners(method).items() for full in fulls)
+    places = ((full.rpartition("."), key) for key, fulls in _owners(named).items() for full in fulls)
     return [key for (owner, _, _), key in places if owner == section]
 
 
-def unknown_key(path: Path, method: str | None = None) -> str:
+def _key_of_the_method(name: str, path: Path, named: Named) -> str | None:
+    """What to say about a key beside a method's or an alignment loss's own that others of them have."""
+    section: Path = ("method",)
+    known: Mapping[str, type[Section]] = METHODS
+    judged = named.method
+    if named.method == "self_supervised":
+        places = [place for place in _owners(named).get(name, ()) if place.startswith("method.")]
+        if name in SELF_SUPERVISED_ALIASES:
+            places.append(SELF_SUPERVISED_ALIASES[name])
+        if places:
+            return f"unknown key; did you mean {join_names(places)}?"
+        section, known, judged = ("method", "align"), ALIGNMENTS, named.align
+    others = [each for each, settings in known.items() if name in settings.model_fields]
+    if not others:
+        return None
+    valid = ", ".join(key for key in siblings((*section, name), named) if key != "name")
+    here = "here" if path[:-1] == section else f"in {dotted(section)}"
+    return f"unknown key; {dotted(section)} {join_names(others)} has it, {judged} does not; valid {here}: {valid}"
+
+
+def unknown_key(path: Path, named: Named) -> str:
     """What to say about a key that does not exist: where it belongs, or what it may have meant.
 
     Args:
         path: of the key.
-        method: the recipe's method, as far as it is known.
+        named: the recipe's method, and its alignment loss.
     """
-    name, beside, owners = str(path[-1]), siblings(path, method), _owners(method)
-    others = [each for each, settings in METHODS.items() if name in settings.model_fields]
-    if path[:-1] == ("method",) and others:
-        valid = ", ".join(key for key in beside if key != "name")
-        return f"unknown key; method {join_names(others)} has it, {method} does not; valid here: {valid}"
+    name, beside, owners = str(path[-1]), siblings(path, named), _owners(named)
+    if path[:-1] in (("method",), ("method", "align")):
+        told = _key_of_the_method(name, path, named)
+        if told:
+            return told
     pointer = governed(name)
     if pointer:
         return f"unknown key; {pointer}"

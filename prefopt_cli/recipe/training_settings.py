@@ -19,8 +19,8 @@ _ENGINES = "sharded training is not available in this version; several processes
 _UPLOAD = "prefopt does not upload while it trains; afterwards run `hf upload REPO RUN/model`"
 
 GOVERNED: dict[str, str] = {
-    "beta": "write it as method.beta (method gpo)",
-    "loss_type": "write it as method.loss (method gpo)",
+    "beta": "write it as method.beta (method gpo), or method.align.beta (self_supervised)",
+    "loss_type": "write it as method.loss (method gpo), or method.align.loss (self_supervised)",
     "loss_weights": _OTHER_LOSSES,
     "label_smoothing": _OTHER_LOSSES,
     "ld_alpha": _OTHER_LOSSES,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.recipe.schema import Method, SoftSettings
+from prefopt_cli.recipe.schema import Method, SelfSupervisedSettings, SoftSettings
 
 BLOCK = 256
 SMALLEST = 1e-6
@@ -50,6 +50,8 @@ def softmax_target(alpha: float) -> NamedTarget:
 
 def closed_form(method: Method, temperature: float) -> NamedTarget | None:
     """The optimum of a method on preferences labelled at this temperature, None if it has no closed form."""
+    if isinstance(method, SelfSupervisedSettings):
+        return closed_form(method.align, temperature) if method.ssl_coef == 0 else None
     if method.length_normalize:
         return None
     if isinstance(method, SoftSettings):

@@ -1,7 +1,8 @@
 """Examples as tensors, packed or padded. Both name the tokens to score in the same way.
 
-Every batch has ``input_ids`` (R, W), ``predicting`` (N,), ``targets`` (N,) and ``slots`` (K, longest), as in
-`packing.Packed`: K responses in response-major order, all first responses before all second ones.
+Every batch has ``input_ids`` (R, W), ``predicting`` (N,), ``targets`` (N,), ``slots`` (K, longest) and ``passages``
+(K + U, 2), as in `packing.Packed`: K responses in response-major order, all first responses before all second ones,
+then those that are not scored.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,7 @@ def packed_batch(
     names = ("calls",) if way == "pieces" else ("segments", "branches")
     batch = {
         name: torch.from_numpy(getattr(packed, name))
-        for name in ("input_ids", "position_ids", "predicting", "targets", "slots", *names)
+        for name in ("input_ids", "position_ids", "predicting", "targets", "slots", "passages", *names)
     }
     return {**batch, "num_tokens": torch.tensor(packed.tokens)}
 
@@ -35,7 +36,7 @@ def packed_batch(
 def padded_batch(examples: Sequence[Example], padding_id: int, multiple: int = 1) -> dict[str, Tensor]:
     """One padded batch of a row per response, with ``attention_mask``, ``completion_mask`` (R, W), ``num_tokens`` ().
 
-    For pairs these are TRL's rows: all chosen responses, then all rejected ones.
+    For pairs these are TRL's rows: all chosen responses, then all rejected ones. Those not to be scored come last.
     """
     most = max(len(example.responses) for example in examples)
     rows = [
@@ -44,18 +45,21 @@ def padded_batch(examples: Sequence[Example], padding_id: int, multiple: int = 1
         for example in examples
         if branch < len(example.responses)
     ]
+    scored_rows = len(rows)
+    rows += [(example.prompt, response) for example in examples for response in example.unscored]
     widest = max(len(prompt) + len(response) for prompt, response in rows)
     width = -(-widest // multiple) * multiple
     input_ids = np.full((len(rows), width), padding_id, dtype=np.int64)
     attention_mask, completion_mask = np.zeros_like(input_ids), np.zeros_like(input_ids)
-    places, counts = [], []
+    places, passages = [], []
     for row, (prompt, response) in enumerate(rows):
         start, end = len(prompt), len(prompt) + len(response)
         input_ids[row, :start], input_ids[row, start:end] = prompt, response
         attention_mask[row, :end] = 1
-        completion_mask[row, start:end] = 1
-        places.append(row * width + np.arange(max(start, 1), end))
-        counts.append(len(places[-1]))
+        passages.append((row * width + start, end - start))
+        if row < scored_rows:
+            completion_mask[row, start:end] = 1
+            places.append(row * width + np.arange(max(start, 1), end))
     scored = np.concatenate(places)
     arrays = {
         "input_ids": input_ids,
@@ -63,7 +67,8 @@ def padded_batch(examples: Sequence[Example], padding_id: int, multiple: int = 1
         "completion_mask": completion_mask,
         "predicting": scored - 1,
         "targets": input_ids.reshape(-1)[scored],
-        "slots": token_slots(counts),
+        "slots": token_slots([len(each) for each in places]),
+        "passages": np.array(passages),
         "num_tokens": attention_mask.sum(),
     }
     return {name: torch.as_tensor(array) for name, array in arrays.items()}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prefopt_cli.scoring.attention import attention_input
 from prefopt_cli.scoring.divergence import HeadStates, TokenDivergence
-from prefopt_cli.scoring.head import TokenScores
+from prefopt_cli.scoring.head import Pooling, ScoresAndStates, TokenScores
 
 if TYPE_CHECKING:
     from prefopt_cli.scoring.layout import Layout
@@ -34,6 +34,9 @@ class ResponseScores:
     """(K,) number of response tokens that were the policy's most likely ones."""
     router_loss: Tensor | None = None
     """() load-balancing loss of a mixture-of-experts model that returns one. Carries the gradient."""
+    states: Tensor | None = None
+    """(K + U, H) last hidden states of all responses of the batch, pooled over their tokens, where they were asked
+    for: the K scored ones, then the others. Carries the gradient."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,12 @@ class SampleScores:
 
 
 def score_responses(
-    model: nn.Module, batch: Mapping[str, Tensor], layout: "Layout", *, router_logits: bool = False
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    layout: "Layout",
+    *,
+    router_logits: bool = False,
+    pooling: Pooling | None = None,
 ) -> ResponseScores:
     """Score the responses of a batch.
 
@@ -64,11 +72,16 @@ def score_responses(
         layout: packed or padded.
         router_logits: ask a mixture-of-experts model for its load-balancing loss; padded batches only, and the
             model must be a TRL trainer's, whose head adds that loss up.
+        pooling: return the responses' hidden states too, pooled so; not together with `router_logits`.
     """
     if router_logits:
         return _with_router_loss(model, batch)
-    scores: TokenScores = model(**_inputs(batch, layout), targets=batch["targets"])
-    return _summed(scores, batch["slots"])
+    inputs = {**_inputs(batch, layout), "targets": batch["targets"]}
+    if pooling is None:
+        scores: TokenScores = model(**inputs)
+        return _summed(scores, batch["slots"])
+    both: ScoresAndStates = model(**inputs, passages=batch["passages"], pooling=pooling)
+    return replace(_summed(both.scores, batch["slots"]), states=both.states)
 
 
 def reference_states(model: nn.Module, batch: Mapping[str, Tensor], layout: "Layout") -> HeadStates:

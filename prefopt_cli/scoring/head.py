@@ -7,7 +7,7 @@ hold several copies of a tile of 4096 x 32768 logits; the function here works in
 import functools
 import types
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -45,10 +45,24 @@ class TokenScores(NamedTuple):
     """1 where the target was the most likely token (the first of equally likely ones), else 0."""
 
 
+Pooling = Literal["last", "mean"]
+"""The state that stands for a response: that of its last token, or the mean over its tokens."""
+
+
+class ScoresAndStates(NamedTuple):
+    """What the model says about N response tokens, and what it made of P responses."""
+
+    scores: TokenScores
+    states: Tensor
+    """(P, H) last hidden state of each response, pooled over its tokens; carries a gradient."""
+
+
 def add_response_head(model: Any) -> None:
     """Let a model say something about some positions instead of returning logits.
 
     - ``model(..., predicting=, targets=)`` returns `TokenScores`;
+    - ``model(..., predicting=, targets=, passages=, pooling=)`` returns `ScoresAndStates`: ``passages`` (P, 2) are the
+      first places of responses and their numbers of tokens, ``pooling`` is `last` or `mean`;
     - ``model(..., predicting=, states_only=True)`` returns the `HeadStates` there: the head is the one that is active
       now, so with peft's adapter off the original one;
     - ``model(..., predicting=, targets=, reference=)`` returns the `TokenDivergence` from such states of another model.
@@ -87,6 +101,8 @@ def add_response_head(model: Any) -> None:
         targets: Any = None,
         reference: HeadStates | None = None,
         states_only: bool = False,
+        passages: Any = None,
+        pooling: Pooling = "last",
         **kwargs: Any,
     ) -> Any:
         if predicting is None:
@@ -101,11 +117,33 @@ def add_response_head(model: Any) -> None:
             return HeadStates(responses, weight, bias)
         with maybe_gather_lm_head_ctx(*(p for p in (weight, bias) if p is not None)):
             if reference is None:
-                return token_scores(responses, weight, targets, bias, scale=scale, softcap=softcap)
+                scores = token_scores(responses, weight, targets, bias, scale=scale, softcap=softcap)
+                return (
+                    scores if passages is None else ScoresAndStates(scores, pooled(hidden, passages, pooling))
+                )
             return token_divergence(responses, weight, targets, reference, bias, scale=scale, softcap=softcap)
 
     model.forward = types.MethodType(forward, model)
     model.scores_responses = True
+
+
+def pooled(hidden: Tensor, passages: Tensor, pooling: Pooling) -> Tensor:
+    """(P, H) one state per response.
+
+    Args:
+        hidden: (R, W, H) outputs of the backbone.
+        passages: (P, 2) first place, in the flattened rows, and number of tokens of each response.
+        pooling: `last` takes the state of the last token, `mean` the mean over all of them.
+    """
+    flat = hidden.flatten(0, 1)
+    starts, lengths = passages.unbind(1)
+    if pooling == "last":
+        return flat.index_select(0, starts + lengths - 1)
+    places = torch.arange(flat.size(0), device=flat.device)
+    inside = (places >= starts[:, None]) & (places < (starts + lengths)[:, None])
+    # A product sums in the same order every time, which adding by index does not on CUDA.
+    means: Tensor = inside.to(flat.dtype) @ flat / lengths[:, None]
+    return means
 
 
 def token_scores(

@@ -17,20 +17,22 @@ TokenIds = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and the responses to it that are scored together."""
+    """One prompt and the responses to it that go through the model together."""
 
     prompt: TokenIds
     responses: Sequence[TokenIds]
+    unscored: Sequence[TokenIds] = ()
+    """More responses, whose hidden states are wanted but not their log-probabilities."""
 
     @property
     def tokens(self) -> int:
         """Tokens that go through the model: the prompt once, every response once."""
-        return len(self.prompt) + sum(map(len, self.responses))
+        return len(self.prompt) + sum(map(len, self.responses)) + sum(map(len, self.unscored))
 
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt + response."""
-        return len(self.prompt) + max(map(len, self.responses))
+        return len(self.prompt) + max(map(len, [*self.responses, *self.unscored]))
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,9 @@ class Packed:
     """(N,) scored tokens."""
     slots: np.ndarray
     """(K, longest) for each response its places among the N tokens; N itself where it has no more."""
+    passages: np.ndarray
+    """(K + U, 2) first place, in the flattened rows, and number of tokens of each response: the scored ones in
+    their order, then the unscored ones, example by example."""
     calls: np.ndarray
     """(C, 4) pieces of attention that together are the whole, for one row without padding: a run of queries
     (start, length) sees itself causally, and before it a run of keys (start, length); see `attention`."""
@@ -129,6 +134,7 @@ def pack(
     input_ids = np.full(shape, padding_id, dtype=np.int64)
     position_ids, segments, branches = (np.zeros(shape, dtype=np.int64) for _ in range(3))
     pieces: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+    passages: dict[tuple[int, int, int], tuple[int, int]] = {}
     calls: list[tuple[int, int, int, int]] = []
     for row, members in enumerate(rows):
         at = 0
@@ -139,15 +145,17 @@ def pack(
             input_ids[row, start : start + prompt] = example.prompt
             position_ids[row, start : start + prompt] = np.arange(prompt)
             at += prompt
-            for branch, response in enumerate(example.responses):
+            for branch, response in enumerate([*example.responses, *example.unscored]):
                 length, flat = len(response), row * width + at
+                passages[_passage_order(example, branch, index)] = flat, length
                 input_ids[row, at : at + length] = response
                 position_ids[row, at : at + length] = np.arange(prompt, prompt + length)
                 branches[row, at : at + length] = branch + 1
-                before = np.arange(flat - 1, flat + length - 1)
-                before[0] = row * width + start + prompt - 1
-                scored = slice(0 if prompt else 1, None)
-                pieces[branch, index] = before[scored], np.asarray(response, dtype=np.int64)[scored]
+                if branch < len(example.responses):
+                    before = np.arange(flat - 1, flat + length - 1)
+                    before[0] = row * width + start + prompt - 1
+                    scored = slice(0 if prompt else 1, None)
+                    pieces[branch, index] = before[scored], np.asarray(response, dtype=np.int64)[scored]
                 # The first response goes on causally from its prompt; the others are calls of their own.
                 calls.append((at, length, start, prompt) if branch else (start, prompt + length, start, 0))
                 at += length
@@ -163,9 +171,15 @@ def pack(
         predicting=np.concatenate([predicting for predicting, _ in ordered]),
         targets=np.concatenate([targets for _, targets in ordered]),
         slots=token_slots([len(targets) for _, targets in ordered]),
+        passages=np.array([passages[key] for key in sorted(passages)], dtype=np.int64),
         calls=np.array(calls, dtype=np.int64),
         tokens=sum(example.tokens for example in examples),
     )
+
+
+def _passage_order(example: Example, branch: int, index: int) -> tuple[int, int, int]:
+    """Scored responses in response-major order, then the unscored ones example by example."""
+    return (1, index, branch) if branch >= len(example.responses) else (0, branch, index)
 
 
 def token_slots(lengths: Sequence[int]) -> np.ndarray:

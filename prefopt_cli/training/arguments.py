@@ -39,7 +39,7 @@ def training_arguments(recipe: Recipe, run: RunFolder, *, evaluates: bool) -> DP
     }
     governed: dict[str, Any] = {
         "output_dir": str(run.checkpoints),
-        "beta": getattr(recipe.method, "beta", 0.1),
+        "beta": getattr(recipe.method.alignment, "beta", 0.1),
         # Lengths are settled when the data is tokenised, and batches carry more than the model's inputs.
         "max_length": None,
         "remove_unused_columns": False,

@@ -1,6 +1,6 @@
 """Batches of comparisons: prompts with two or more responses each."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,9 +67,13 @@ class ComparisonCollator:
         (K where it has no more), and `ranks` (B, N). Reference log-probabilities of pairs that are already known
         pass through as `ref_*_logps` (B,).
         """
+        return self.batch(rows, [example_of(row) for row in rows])
+
+    def batch(self, rows: list[dict[str, Any]], examples: Sequence[Example]) -> dict[str, Tensor]:
+        """The same of rows that were made into examples already."""
         # The library takes the length of the first tensor for the size of the batch.
         batch = {"row_index": torch.tensor([row["row_index"] for row in rows])}
-        batch.update(self.layout.batch([example_of(row) for row in rows], self.pad_token_id, self.multiple))
+        batch.update(self.layout.batch(examples, self.pad_token_id, self.multiple))
         batch["responses"], batch["ranks"] = _places([row["ranks"] for row in rows])
         for name in ("ref_chosen_logps", "ref_rejected_logps"):
             if name in rows[0]:

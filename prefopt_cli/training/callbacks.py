@@ -110,22 +110,23 @@ class CheckpointMark(TrainerCallback):
     Args:
         run: the run folder.
         keep: how many checkpoints stay (``save_total_limit``); None keeps all.
-        state: what to write into the mark; called in every process.
+        state: what to write into the mark; called in every process with the checkpoint's folder, where it may put
+            files too.
     """
 
-    def __init__(self, run: RunFolder, keep: int | None, state: Callable[[], dict[str, Any]]) -> None:
+    def __init__(self, run: RunFolder, keep: int | None, state: Callable[[Path], dict[str, Any]]) -> None:
         self._run, self._keep, self._state = run, keep, state
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Mark the checkpoint of this step."""
-        progress = self._state()
+        folder = self._run.checkpoints / f"checkpoint-{state.global_step}"
+        progress = self._state(folder)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()  # every process has written its share
         if not state.is_world_process_zero:
             return
-        folder = self._run.checkpoints / f"checkpoint-{state.global_step}"
         atomic.sync(folder)
         atomic.write_json(folder / CHECKPOINT_MARK, progress)
         rotate_checkpoints(

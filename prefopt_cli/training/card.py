@@ -26,6 +26,14 @@ CITATIONS = {
   year    = {2026},
   note    = {arXiv:2405.00747}
 }""",
+    "self_supervised": """@inproceedings{li2024selfsupervised,
+  title     = {Self-supervised Preference Optimization: Enhance Your Language Model with Preference Degree Awareness},
+  author    = {Li, Jian and Huang, Haojing and Zhang, Yujia and Xu, Pengfei and Chen, Xi and Song, Rui and Shi, Lida
+               and Wang, Jingwen and Xu, Hao},
+  booktitle = {Findings of the Association for Computational Linguistics: EMNLP 2024},
+  year      = {2024},
+  note      = {arXiv:2409.17791}
+}""",
 }
 TRL_CITATION = """@software{trl,
   title  = {TRL: Transformers Reinforcement Learning},
@@ -33,17 +41,22 @@ TRL_CITATION = """@software{trl,
   url    = {https://github.com/huggingface/trl}
 }"""
 
-METHOD_NAMES = {"gpo": "Generalized Preference Optimization", "soft": "Soft Preference Optimization"}
+METHOD_NAMES = {
+    "gpo": "Generalized Preference Optimization",
+    "soft": "Soft Preference Optimization",
+    "self_supervised": "Self-supervised Preference Optimization",
+}
 
 
 def model_card(recipe: Recipe, recipe_yaml: str, manifest: dict[str, Any]) -> str:
     """Markdown with the hub's front matter, from what the manifest says."""
     lineage, versions = manifest["lineage"], manifest["versions"]
     adapter = recipe.adapter != "none"
+    names = dict.fromkeys([recipe.method.name, recipe.method.alignment.name])
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(recipe, lineage, adapter), sort_keys=False)}---",
         f"# {Path(recipe.output_dir).name}",
-        f"Trained with prefopt {versions['prefopt']} by {METHOD_NAMES[recipe.method.name]}.",
+        f"Trained with prefopt {versions['prefopt']} by {' beside '.join(METHOD_NAMES[name] for name in names)}.",
         "## Lineage",
         f"- Starting policy: {lineage['policy']}\n- Reference policy: {lineage['reference']}\n"
         f"- What was trained: {'an adapter' if adapter else 'all weights'}",
@@ -54,7 +67,7 @@ def model_card(recipe: Recipe, recipe_yaml: str, manifest: dict[str, Any]) -> st
         "## Versions",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
         "## Citation",
-        f"```bibtex\n{CITATIONS[recipe.method.name]}\n{TRL_CITATION}\n```",
+        "```bibtex\n" + "\n".join([*(CITATIONS[name] for name in names), TRL_CITATION]) + "\n```",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.recipe.schema import Recipe, SelfSupervisedSettings
 from prefopt_cli.scoring.choice import packed_layouts, require_choice, unsuited, wants_router_loss
 from prefopt_cli.scoring.forward import plain_model
 from prefopt_cli.scoring.head import KEPT_BYTES
@@ -16,10 +16,12 @@ from prefopt_cli.scoring.savings import (
     Device,
     ModelWork,
     Savings,
+    Unscored,
     draw_batches,
     heaviest_batch,
     predict_savings,
 )
+from prefopt_cli.training.degree_extent import expected_versions, longest_versions, versions_in
 from prefopt_cli.training.extent import row_lengths
 from prefopt_cli.training.objectives import Objective, precomputes
 from prefopt_cli.training.preparation import Prepared, training_field
@@ -48,7 +50,8 @@ class Forecast:
     packing: Packing
     layout: Layout
     heaviest: list[Example]
-    """The heaviest batch of an epoch in random order; the tokens themselves are zeros."""
+    """The heaviest batch of an epoch in random order, each response with as many and as long degraded versions as may
+    be drawn; the tokens themselves are zeros."""
 
 
 def forecast(recipe: Recipe, objective: Objective, prepared: Prepared, device: Device) -> Forecast:
@@ -62,7 +65,12 @@ def forecast(recipe: Recipe, objective: Objective, prepared: Prepared, device: D
     reason = padding_reason(recipe, prepared)
     layout = Layout() if reason else packed_layouts(model, device)[0]
     lengths = row_lengths(prepared.tokens.train)
-    batches = draw_batches(lengths, training_field(given, "per_device_train_batch_size"))
+    size = training_field(given, "per_device_train_batch_size")
+    batches, heavy, unscored = draw_batches(lengths, size), lengths, None
+    if isinstance(recipe.method, SelfSupervisedSettings):
+        versions = versions_in(prepared.tokens.train), len(lengths), recipe.method.levels_per_step
+        unscored = Unscored(*(draw_batches(each, size) for each in expected_versions(*versions)))
+        heavy = np.hstack((lengths, longest_versions(*versions)))
     reference = reference_use(recipe, objective)
     savings = predict_savings(
         batches,
@@ -71,8 +79,11 @@ def forecast(recipe: Recipe, objective: Objective, prepared: Prepared, device: D
         cached=reference != "every step",
         device=device,
         kept=KEPT_BYTES // (FLOAT32_BYTES * _head(model).size(0)) if device == "cpu" else 0,
+        unscored=unscored,
     )
-    heaviest = [blank(row) for row in heaviest_batch(batches, packed=not reason)]
+    heaviest = [
+        blank(row, lengths.shape[1]) for row in heaviest_batch(draw_batches(heavy, size), packed=not reason)
+    ]
     packing = Packing(
         **vars(savings),
         packed=not reason,
@@ -151,7 +162,13 @@ def _head(model: Any) -> Any:
     return model.get_output_embeddings().weight
 
 
-def blank(lengths: np.ndarray) -> Example:
-    """An example of these lengths (1 + R,), the prompt's first, 0 for no response; its tokens are zeros."""
-    prompt, *responses = (np.zeros(length, dtype=np.int64) for length in lengths)
-    return Example(prompt, [response for response in responses if len(response)])
+def blank(lengths: np.ndarray, scored: int) -> Example:
+    """An example whose tokens are zeros.
+
+    Args:
+        lengths: (1 + R + U,) of the prompt, of its responses, and of the texts that are not scored; 0 for none.
+        scored: 1 + R.
+    """
+    prompt, *responses = (np.zeros(length, dtype=np.int64) for length in lengths[:scored])
+    unscored = [np.zeros(length, dtype=np.int64) for length in lengths[scored:] if length]
+    return Example(prompt, [response for response in responses if len(response)], unscored)

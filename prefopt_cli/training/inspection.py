@@ -2,27 +2,26 @@
 
 import math
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from prefopt_cli.models.policy import describe_reference
-from prefopt_cli.recipe.schema import LoraAdapter, Recipe
+from prefopt_cli.recipe.schema import LoraAdapter, Recipe, SelfSupervisedSettings
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.arguments import training_arguments
+from prefopt_cli.training.degree_inspection import DegradedResponse, first_degraded
 from prefopt_cli.training.extent import prompt_lengths
 from prefopt_cli.training.forecast import Forecast, Packing, checkpoints_layers, forecast
 from prefopt_cli.training.memory import MemoryEstimate, Precision, Reference, Sampling, estimate_memory
 from prefopt_cli.training.objectives import find_objective
 from prefopt_cli.training.preparation import Prepared, prepare, sampling_settings, training_field
 from prefopt_cli.training.reporting import Reporter
+from prefopt_cli.training.row_text import pieces, side_of
 
 Device = Literal["cpu", "cuda"]
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,8 @@ class Inspection:
     """None where the method asks no reference policy."""
     receipt: dict[str, Any]
     masks: list[MaskedResponse]
+    degrees: DegradedResponse | None
+    """A response that takes part in the degree loss; None where the method has none, or nothing is to be shown."""
     packing: Packing
     memory: MemoryEstimate
     sampling: SamplingPlan | None
@@ -114,6 +115,7 @@ def inspect(
         else describe_reference(prepared.source, recipe.adapter),
         receipt=prepared.tokens.receipt.to_dict(),
         masks=_masks(prepared, pairs),
+        degrees=first_degraded(prepared.tokens.train, prepared.tokenizer) if pairs else None,
         packing=ahead.packing,
         memory=memory,
         sampling=_sampling_plan(recipe, prepared, ahead, device, memory, sampling),
@@ -139,28 +141,12 @@ def _masks(prepared: Prepared, count: int) -> list[MaskedResponse]:
     for row in prepared.tokens.train.select(range(min(count, len(prepared.tokens.train)))):
         prompt = row["prompt_ids"]
         for number, (response, rank) in enumerate(zip(row["response_ids"], row["ranks"], strict=True)):
-            pieces = _pieces(prepared.tokenizer, prompt + response)
-            side = _side(row["ranks"], number)
+            texts = pieces(prepared.tokenizer, prompt + response)
+            side = side_of(row["ranks"], number)
             masks.append(
-                MaskedResponse(row["row_id"], side, rank, pieces[: len(prompt)], pieces[len(prompt) :])
+                MaskedResponse(row["row_id"], side, rank, texts[: len(prompt)], texts[len(prompt) :])
             )
     return masks
-
-
-def _side(ranks: list[int], number: int) -> str:
-    if len(ranks) == 2:
-        return SIDES[number]
-    return f"response {number + 1}{' (tied)' if ranks.count(ranks[number]) > 1 else ''}"
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Every token as the text that it adds to its predecessor: alone, some tokenizers drop its space."""
-    alone = [tokenizer.decode([token]) for token in ids]
-    pieces = alone[:1]
-    for before, (first, second) in zip(alone, pairwise(ids), strict=False):
-        added = tokenizer.decode([first, second]).removeprefix(before)
-        pieces.append(added or tokenizer.convert_ids_to_tokens(second))
-    return pieces
 
 
 def _sampling(recipe: Recipe, prepared: Prepared) -> Sampling | None:
@@ -212,6 +198,7 @@ def _memory(
         gradient_accumulation_steps=training_field(given, "gradient_accumulation_steps"),
         device=device,
         sampling=sampling,
+        degrees=recipe.method if isinstance(recipe.method, SelfSupervisedSettings) else None,
     )
 
 

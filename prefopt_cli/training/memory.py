@@ -14,6 +14,7 @@ from typing import Any, Literal
 from torch import nn
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.recipe.schema import SelfSupervisedSettings
 from prefopt_cli.scoring.head import CHUNK_ELEMENTS, CHUNK_ROWS, KEPT_BYTES, TRL_CHUNK
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
@@ -95,6 +96,7 @@ def estimate_memory(
     gradient_accumulation_steps: int = 1,
     device: Device = "cpu",
     sampling: Sampling | None = None,
+    degrees: SelfSupervisedSettings | None = None,
 ) -> MemoryEstimate:
     """Estimate the peak memory of one process.
 
@@ -112,6 +114,7 @@ def estimate_memory(
         device: cpu or cuda.
         sampling: the policy's own responses, for the KL to the reference; `reference` then says where that lives,
             and it does not see the batch.
+        degrees: how the levels of responses are told, degraded ones being the examples' unscored responses.
 
     Raises:
         UserError: a batch without pairs, or an adapter's reference for a model without an adapter.
@@ -130,6 +133,7 @@ def estimate_memory(
         device=device,
         samples=sampling.examples(gradient_accumulation_steps) if sampling else (),
         kept_positions=sampling.tokens if sampling else 0,
+        degrees=degrees,
     )
     method, step, notes = _step_parts(model, shape)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

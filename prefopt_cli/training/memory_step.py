@@ -18,9 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import cross_entropy
 
+from prefopt_cli.recipe.schema import SelfSupervisedSettings
 from prefopt_cli.scoring.attention import BLOCK
-from prefopt_cli.scoring.forward import plain_model, score_responses, score_samples
+from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_responses, score_samples
 from prefopt_cli.scoring.head import HeadStates
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
@@ -51,6 +53,8 @@ class StepShape:
     are known by then; the reference does not see the batch."""
     kept_positions: int = 0
     """Tokens of all samples of a draw, whose reference states are kept until the next one."""
+    degrees: SelfSupervisedSettings | None = None
+    """How the levels of all responses, the unscored ones among them, are told from their states."""
 
     @property
     def traced_layout(self) -> Layout:
@@ -98,11 +102,15 @@ def trace_step(model: nn.Module, shape: StepShape) -> dict[str, int]:
             for parameter in _trainable(policy):
                 parameter.grad = torch.zeros_like(parameter)
         if samples:
-            states = _reference_states(frozen or policy, samples, shape, log)
-            loss = _score(policy, batch, shape).mean()
-            loss = loss + _divergence(policy, states, samples, shape, log)
+            reference = _reference_states(frozen or policy, samples, shape, log)
+            scores = _score_policy(policy, batch, shape)
+            loss = scores.logps.mean()
+            loss = loss + _divergence(policy, reference, samples, shape, log)
         else:
-            loss = _loss(policy, frozen, batch, shape, log)
+            scores = _score_policy(policy, batch, shape)
+            loss = _loss(scores, policy, frozen, batch, shape, log)
+        if shape.degrees is not None:
+            loss = loss + _degree_loss(scores, shape.degrees)
         _backward(loss, log)
         log.assign([p.grad for p in _trainable(policy) if p.grad is not None], "gradients")
     return log.peak()
@@ -157,17 +165,30 @@ def _set_attention(model: Any, shape: StepShape, *batches: Mapping[str, Tensor])
 
 
 def _loss(
-    policy: Any, frozen: Any, batch: Mapping[str, Tensor], shape: StepShape, log: AllocationLog
+    scores: ResponseScores,
+    policy: Any,
+    frozen: Any,
+    batch: Mapping[str, Tensor],
+    shape: StepShape,
+    log: AllocationLog,
 ) -> Tensor:
     """Policy forward, then reference forward, as the trainer orders them: the activations are there during both."""
-    scores = _score(policy, batch, shape)
+    logps = scores.logps
     if shape.reference != "none":
         log.part = "reference forward"
         with torch.no_grad(), _without_checkpointing(policy):
             reference_scores = _reference_scores(policy, frozen, batch, shape)
         log.part = "activations"
-        scores = scores - reference_scores
-    return scores.mean()
+        logps = logps - reference_scores
+    return logps.mean()
+
+
+def _degree_loss(scores: ResponseScores, degrees: SelfSupervisedSettings) -> Tensor:
+    """That of all responses, though a few may take no part; the classifier's own weights are next to nothing."""
+    assert scores.states is not None
+    head = nn.Linear(scores.states.size(1), degrees.levels)
+    levels = torch.zeros(scores.states.size(0), dtype=torch.int64)
+    return cross_entropy(head(scores.states.float()), levels)
 
 
 def _reference_states(
@@ -207,8 +228,14 @@ def _without_checkpointing(policy: nn.Module) -> Iterator[None]:
         policy.train()
 
 
+def _score_policy(policy: Any, batch: Mapping[str, Tensor], shape: StepShape) -> ResponseScores:
+    pooling = shape.degrees.pooling if shape.degrees else None
+    with _autocast(shape):
+        return score_responses(policy, batch, shape.traced_layout, pooling=pooling)
+
+
 def _score(model: Any, batch: Mapping[str, Tensor], shape: StepShape) -> Tensor:
-    """Summed log-probabilities of the responses."""
+    """Summed log-probabilities of the responses under the reference."""
     with _autocast(shape):
         return score_responses(model, batch, shape.traced_layout).logps
 

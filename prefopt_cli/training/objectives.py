@@ -1,19 +1,20 @@
 """What a method asks of a run: a trainer, the reference policy in some form, a line for the user."""
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt_cli.recipe.schema import GPOSettings, Method, Recipe, SoftSettings
+from prefopt_cli.recipe.schema import GPOSettings, Method, Recipe, SelfSupervisedSettings, SoftSettings
 from prefopt_cli.training.functions import describe_probe, find_function, require_usable
 from prefopt_cli.training.gpo import GPOTrainer
 from prefopt_cli.training.preparation import training_field
+from prefopt_cli.training.self_supervised import SelfSupervisedTrainer
 from prefopt_cli.training.soft import SoftTrainer
 from prefopt_cli.training.trainer import PreferenceTrainer
 
 ReferenceUse = Literal["data", "samples", "none"]
+
+_POOLINGS = {"last": "last token's state", "mean": "mean of the tokens' states"}
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,9 @@ class Objective:
     """What was found out about it, for the manifest; must be the same when a run goes on."""
     reference: ReferenceUse
     """What the reference policy is asked about: the data, the policy's own samples, or nothing."""
-    make_trainer: Callable[..., PreferenceTrainer]
-    """Takes the arguments of `PreferenceTrainer`, and for `samples` those of `SoftTrainer` besides."""
+    trainer: type[PreferenceTrainer]
+    arguments: dict[str, Any]
+    """What the trainer takes besides the arguments of `PreferenceTrainer` and, for `samples`, of `SoftTrainer`."""
 
 
 def find_objective(method: Method, folder: Path) -> Objective:
@@ -40,6 +42,8 @@ def find_objective(method: Method, folder: Path) -> Objective:
     Raises:
         UserError: it cannot be trained on.
     """
+    if isinstance(method, SelfSupervisedSettings):
+        return _self_supervised(method, folder)
     return _soft(method) if isinstance(method, SoftSettings) else _gpo(method, folder)
 
 
@@ -57,7 +61,8 @@ def _gpo(settings: GPOSettings, folder: Path) -> Objective:
         describe_probe(settings.loss, probe),
         {"f": figures},
         "data",
-        partial(GPOTrainer, settings=settings, function=function),
+        GPOTrainer,
+        {"settings": settings, "function": function},
     )
 
 
@@ -78,4 +83,19 @@ def _soft(settings: SoftSettings) -> Objective:
     else:
         parts.append("kl_coef is 0, so there is no KL to the reference, and method.regularizer is not used")
     use: ReferenceUse = "samples" if settings.samples else "none"
-    return Objective("; ".join(parts), {}, use, partial(SoftTrainer, settings=settings))
+    return Objective("; ".join(parts), {}, use, SoftTrainer, {"settings": settings})
+
+
+def _self_supervised(settings: SelfSupervisedSettings, folder: Path) -> Objective:
+    align = find_objective(settings.align, folder)
+    sides = "chosen and rejected" if settings.apply_to == "both" else settings.apply_to
+    drawn = f"{settings.levels_per_step} of {settings.levels} degrees"
+    return replace(
+        align,
+        description=(
+            f"{align.description}; beside it {settings.ssl_coef:g} times the loss of telling the degree of {sides} "
+            f"responses ({drawn} per response and step, read from the {_POOLINGS[settings.pooling]})"
+        ),
+        trainer=SelfSupervisedTrainer.beside(align.trainer),
+        arguments={**align.arguments, "degrees": settings},
+    )

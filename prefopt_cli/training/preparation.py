@@ -9,10 +9,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import DPOConfig
 
 from prefopt_cli import data
+from prefopt_cli.data.degrading import Degrading
+from prefopt_cli.data.stopwords import find_stopwords
 from prefopt_cli.errors import UserError
 from prefopt_cli.models import loading
 from prefopt_cli.models.policy import PolicySource, find_policy
-from prefopt_cli.recipe.schema import TAKE_LISTS, Recipe, Regularizer, SoftSettings, Source
+from prefopt_cli.recipe.schema import (
+    TAKE_LISTS,
+    Recipe,
+    Regularizer,
+    SelfSupervisedSettings,
+    SoftSettings,
+    Source,
+)
 from prefopt_cli.recipe.training_fields import OWN_FIELDS
 from prefopt_cli.training.extent import largest_id, longest_row, row_lengths
 from prefopt_cli.training.reporting import Reporter
@@ -52,7 +61,12 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     tokenizer = loading.load_tokenizer(source, recipe.model)
     text = data.load(recipe.dataset, progress=reporter.progress, prompts=own_prompts(recipe))
     tokens = data.tokenize(
-        text, tokenizer, recipe.dataset, progress=reporter.progress, lists=list_handling(recipe)
+        text,
+        tokenizer,
+        recipe.dataset,
+        progress=reporter.progress,
+        lists=list_handling(recipe),
+        degrading=degrading(recipe),
     )
     reporter.receipt(tokens.receipt.to_dict())
     if not len(tokens.train):
@@ -68,7 +82,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
 
 def sampling_settings(recipe: Recipe) -> Regularizer | None:
     """How the policy is sampled during training; None where the method does without."""
-    method = recipe.method
+    method = recipe.method.alignment
     return method.regularizer if isinstance(method, SoftSettings) and method.samples else None
 
 
@@ -82,7 +96,19 @@ def list_handling(recipe: Recipe) -> Literal["whole", "all_pairs", "adjacent_pai
     """What becomes of rows with several responses: the recipe's wish, or what its method takes."""
     if recipe.dataset.lists != "auto":
         return recipe.dataset.lists
-    return "whole" if recipe.method.name in TAKE_LISTS else "all_pairs"
+    return "whole" if recipe.method.alignment.name in TAKE_LISTS else "all_pairs"
+
+
+def degrading(recipe: Recipe) -> Degrading | None:
+    """How responses are degraded; None where the method does without.
+
+    Raises:
+        UserError: the stop words cannot be found.
+    """
+    method = recipe.method
+    if not isinstance(method, SelfSupervisedSettings):
+        return None
+    return Degrading(find_stopwords(method.stopwords), method.levels, method.apply_to)
 
 
 def require_pairs_for_weights(recipe: Recipe, train: Dataset) -> None:
@@ -91,7 +117,8 @@ def require_pairs_for_weights(recipe: Recipe, train: Dataset) -> None:
     Raises:
         UserError: the recipe asks for mu, and a row has more than two responses.
     """
-    weighted = isinstance(recipe.method, SoftSettings) and recipe.method.mu != "none"
+    method = recipe.method.alignment
+    weighted = isinstance(method, SoftSettings) and method.mu != "none"
     if weighted and (widest := row_lengths(train).shape[1] - 1) > 2:
         raise UserError(
             f"method.mu: weights are defined for pairs, and the data has lists of up to {widest} responses. Set "

@@ -95,4 +95,5 @@ def finished_steps(checkpoint: Path) -> TrainerState | None:
 
 def restore_progress(trainer: PreferenceTrainer, checkpoint: Path) -> None:
     """Give the trainer back what the checkpoint's mark holds (token count, sums of the open logging window)."""
-    trainer.load_progress_state(json.loads((checkpoint / CHECKPOINT_MARK).read_text(encoding="utf-8")))
+    mark = json.loads((checkpoint / CHECKPOINT_MARK).read_text(encoding="utf-8"))
+    trainer.load_progress_state(mark, checkpoint)

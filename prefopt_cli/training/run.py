@@ -172,7 +172,8 @@ def build_trainer(
             "stop_ids": prepared.tokens.stop_ids,
             "samples_file": samples_file,
         }
-    return objective.make_trainer(
+    return objective.trainer(
+        **objective.arguments,
         model=model,
         ref_model=copy.deepcopy(model) if copies else None,
         args=args,

@@ -1,5 +1,6 @@
 """The trainer of Soft Preference Optimization."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +141,13 @@ class SoftTrainer(PreferenceTrainer):
         """The share of the training time that went into sampling, in [0, 1]."""
         return {} if self.samples is None else {"sampling_share": self.samples.time_share}
 
-    def progress_state(self) -> dict[str, Any]:
+    def progress_state(self, folder: Path) -> dict[str, Any]:
         """With the samples in use, which the weights of a later step would not draw again."""
-        state = super().progress_state()
+        state = super().progress_state(folder)
         return state if self.samples is None else {**state, "samples": self.samples.state()}
 
-    def load_progress_state(self, state: Any) -> None:
+    def load_progress_state(self, state: Mapping[str, Any], folder: Path) -> None:
         """Every process takes up its own samples."""
-        super().load_progress_state(state)
+        super().load_progress_state(state, folder)
         if self.samples is not None and "samples" in state:
             self.samples.load_state(state["samples"])

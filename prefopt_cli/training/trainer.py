@@ -90,7 +90,7 @@ class PreferenceTrainer(DPOTrainer):
             if each is not None:
                 add_response_head(plain_model(each))
         self.padding_id = padding_id(processing_class, model.config)
-        collator = ComparisonCollator(Layout(), self.padding_id, args.pad_to_multiple_of)
+        collator = self.make_collator(self.padding_id, args)
         super().__init__(
             model=model,
             ref_model=_Absent(model.config) if absent else ref_model,
@@ -111,6 +111,10 @@ class PreferenceTrainer(DPOTrainer):
         for each in (self.model, self.ref_model):
             if each is not None:
                 self.layout.prepare(each)
+
+    def make_collator(self, padding_id: int, args: DPOConfig) -> ComparisonCollator:
+        """What makes rows into batches; it gets its layout when that is chosen."""
+        return ComparisonCollator(Layout(), padding_id, args.pad_to_multiple_of)
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         """The data room has decided all boundaries; TRL must not tokenise again."""
@@ -177,17 +181,26 @@ class PreferenceTrainer(DPOTrainer):
         metrics = {"loss": (losses.detach(), ones), **policy_metrics(scores, Lists.of(inputs)), **metrics}
         if self.model.training:
             self.guard.watch(losses, inputs["row_index"])
-            self.note_training(metrics, inputs["num_tokens"])
-        else:
-            self._eval_means.add(inputs["row_index"], metrics)
+            self._tokens = self._tokens + inputs["num_tokens"]
+        self.note_rows(metrics, inputs)
         loss = losses.mean()
         if scores.router_loss is not None:
             loss = loss + self.router_aux_loss_coef * scores.router_loss
         return loss
 
+    def note_rows(self, metrics: RowMetrics, inputs: Mapping[str, Tensor]) -> None:
+        """Add figures of a batch's rows to those of the next log, or of the evaluation."""
+        if self.model.training:
+            self._add(metrics)
+        else:
+            self._eval_means.add(inputs["row_index"], metrics)
+
     def note_training(self, metrics: RowMetrics, tokens: Tensor) -> None:
         """Add figures to those of the next log, and the tokens () of a batch to those put through the policy."""
         self._tokens = self._tokens + tokens
+        self._add(metrics)
+
+    def _add(self, metrics: RowMetrics) -> None:
         for name, (totals, counts) in metrics.items():
             self._train_means.add(name, totals, counts)
 
@@ -232,15 +245,16 @@ class PreferenceTrainer(DPOTrainer):
         tokens = torch.as_tensor(self._tokens, device=self.accelerator.device)
         return int(self.accelerator.reduce(tokens))
 
-    def progress_state(self) -> dict[str, Any]:
+    def progress_state(self, folder: Path) -> dict[str, Any]:
         """What a checkpoint holds besides weights, optimizer and RNG, so that metrics go on seamlessly.
 
-        Every process must call it; the state is that of all of them.
+        Every process must call it; the state is that of all of them. What is too large for it goes into files of
+        `folder`, which is the checkpoint's.
         """
         return {"num_tokens": self._num_tokens(), "train_means": self._train_means.state()}
 
-    def load_progress_state(self, state: Mapping[str, Any]) -> None:
-        """Take up `progress_state` of a checkpoint: the main process for all."""
+    def load_progress_state(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Take up `progress_state` of the checkpoint in `folder`: the main process for all."""
         if self.accelerator.is_main_process:
             self._tokens = state["num_tokens"]
             self._train_means.load_state(state["train_means"], self.accelerator.device)

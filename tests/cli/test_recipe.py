@@ -26,7 +26,7 @@ def test_list_names_each_recipe_with_method_and_purpose():
     assert [line.split()[0] for line in lines] == list(shipped_recipes())
     for line in lines:
         name, method, *purpose = line.split()
-        assert name.partition("-")[0] == method
+        assert name.startswith(method.replace("_", "-") + "-")
         assert len(purpose) > 3
 
 
@@ -47,9 +47,10 @@ def test_show_of_an_unknown_name():
     assert "'gpo-hh'" in str(error)
 
 
-def test_new_prints_a_recipe_that_loads(tmp_path):
+@pytest.mark.parametrize("method", ["gpo", "soft", "self_supervised"])
+def test_new_prints_a_recipe_that_loads(tmp_path, method):
     path = tmp_path / "my.yaml"
-    path.write_text(run("new", "gpo"), encoding="utf-8")
+    path.write_text(run("new", method), encoding="utf-8")
     assert load_recipe(path).output_dir == "runs/my"
 
 
@@ -66,7 +67,11 @@ def test_new_writes_a_file_but_never_overwrites_one(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
-    [(["new", "dpo"], "gpo"), (["new", "gpo", "--output", "/nowhere/x.yaml"], "no folder")],
+    [
+        (["new", "dpo"], "gpo"),
+        (["new", "self-supervised"], "did you mean 'self_supervised'?"),
+        (["new", "gpo", "--output", "/nowhere/x.yaml"], "no folder"),
+    ],
 )
 def test_new_refuses(arguments, part):
     error = runner.invoke(app, arguments).exception

@@ -28,12 +28,35 @@ training:
 output_dir: runs/x
 """
 
+OF_GPO = "  name: gpo\n  loss: logistic\n  beta: 0.1\n"
+"""The method's section of the sound recipe, lines 11 to 13."""
+
 Load = Callable[..., Recipe]
 
 
 @pytest.fixture
 def sound() -> str:
     return SOUND
+
+
+@pytest.fixture
+def soft(sound: str) -> str:
+    """A sound recipe of method soft, with alpha in line 12."""
+    return sound.replace(OF_GPO, "  name: soft\n  alpha: 0.1\n")
+
+
+@pytest.fixture
+def beside_gpo(sound: str) -> str:
+    """A sound recipe of method self_supervised, with the alignment loss in lines 12 to 14 and levels in line 15."""
+    return sound.replace(
+        OF_GPO, "  name: self_supervised\n  align:\n    name: gpo\n    beta: 0.1\n  levels: 3\n"
+    )
+
+
+@pytest.fixture
+def beside_soft(beside_gpo: str) -> str:
+    """The same beside soft."""
+    return beside_gpo.replace("name: gpo\n    beta: 0.1", "name: soft\n    alpha: 0.1")
 
 
 @pytest.fixture

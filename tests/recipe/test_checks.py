@@ -3,16 +3,8 @@
 import pytest
 
 NO_EVAL = ("  eval:\n    helpful: {source: held.jsonl}\n", "")
-SOFT = ("name: gpo\n  loss: logistic\n  beta: 0.1", "name: soft\n  alpha: 0.1")
 PROMPTS = "method.regularizer.prompts"
 BEST = ["training.load_best_model_at_end=true", "training.save_strategy=epoch"]
-
-
-@pytest.fixture
-def soft(sound):
-    """A sound recipe of method soft."""
-    assert sound.count(SOFT[0]) == 1
-    return sound.replace(*SOFT)
 
 
 @pytest.mark.parametrize(

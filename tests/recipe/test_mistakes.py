@@ -8,9 +8,6 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.recipe.training_settings import GOVERNED
 
-SOFT = ("name: gpo\n  loss: logistic\n  beta: 0.1", "name: soft\n  alpha: 0.1")
-"""The method's section of the sound recipe, and that of method soft."""
-
 # (what to replace, by what, the line told, parts of the message)
 MISTAKES = [
     ("beta: 0.1", "betta: 0.1", 13, ["method.betta", "unknown key", "'beta'"]),
@@ -104,13 +101,6 @@ SOFT_MISTAKES = [
         ["method.regularizer.prompts.0.limit", "greater than"],
     ),
 ]
-
-
-@pytest.fixture
-def soft(sound):
-    """A sound recipe of method soft."""
-    assert sound.count(SOFT[0]) == 1
-    return sound.replace(*SOFT)
 
 
 @pytest.mark.parametrize(("old", "new", "line", "parts"), MISTAKES, ids=[mistake[1] for mistake in MISTAKES])

@@ -10,10 +10,11 @@ import pytest
 
 from prefopt_cli import data
 from prefopt_cli.errors import UserError
-from prefopt_cli.recipe import load_recipe, recipe_json_schema, shipped_recipes
+from prefopt_cli.recipe import diff_recipes, load_recipe, recipe_json_schema, shipped_recipes
 from prefopt_cli.recipe.schema import (
     METHODS,
     DatasetSettings,
+    GPOSettings,
     LaunchSettings,
     LoraAdapter,
     ModelSettings,
@@ -46,9 +47,12 @@ def test_the_recipes_are_those_of_the_checkout():
         shipped_recipes()
     )
     assert {"soft-sandbox", "soft-hh", "soft-ranked", "soft-ultrafeedback-lora"} <= set(shipped_recipes())
+    assert {f"self-supervised-{name}" for name in ("sandbox", "hh", "ultrafeedback-lora")} <= set(
+        shipped_recipes()
+    )
 
 
-@pytest.mark.parametrize("name", ["gpo-sandbox", "soft-sandbox"])
+@pytest.mark.parametrize("name", ["gpo-sandbox", "soft-sandbox", "self-supervised-sandbox"])
 def test_the_sandbox_recipes_need_nothing_from_outside(name):
     recipe = load_recipe(shipped_recipes()[name])
     (train,), (heldout,) = recipe.dataset.train, recipe.dataset.eval["heldout"]
@@ -61,15 +65,25 @@ def test_each_has_a_purpose_and_its_method():
     for described in describe_recipes():
         assert len(described.purpose) > 20, described
         assert described.method in METHODS
-        assert described.method == described.name.partition("-")[0]
+        assert described.name.startswith(described.method.replace("_", "-") + "-")
 
 
+@pytest.mark.parametrize("method", ["soft", "self-supervised"])
 @pytest.mark.parametrize("name", ["hh", "ultrafeedback-lora"])
-def test_a_twin_differs_in_the_method_alone(name):
-    """What the two methods make of the same model and data can then be compared."""
-    gpo, soft = (load_recipe(shipped_recipes()[f"{method}-{name}"]) for method in ("gpo", "soft"))
+def test_a_twin_differs_in_the_method_alone(method, name):
+    """What the methods make of the same model and data can then be compared."""
+    gpo, twin = (load_recipe(shipped_recipes()[f"{each}-{name}"]) for each in ("gpo", method))
     for section in ("model", "adapter", "dataset", "training"):
-        assert getattr(gpo, section) == getattr(soft, section), section
+        assert getattr(gpo, section) == getattr(twin, section), section
+
+
+@pytest.mark.parametrize("name", ["sandbox", "hh", "ultrafeedback-lora"])
+def test_without_its_own_loss_a_self_supervised_recipe_is_that_of_gpo(name):
+    """As their comments say of ssl_coef: 0: the difference is what the second loss adds."""
+    gpo, own = (load_recipe(shipped_recipes()[f"{each}-{name}"]) for each in ("gpo", "self-supervised"))
+    assert own.method.align == gpo.method
+    differing = {path.partition(".")[0] for path in diff_recipes(gpo, own)}
+    assert differing == {"method", "output_dir"}
 
 
 def test_every_micro_batch_of_a_soft_recipe_has_a_sample():
@@ -141,7 +155,7 @@ def test_a_starter_loads_and_explains_every_key(tmp_path, method):
     assert text.splitlines()[0] == f"# prefopt train {path}"
     assert text.splitlines()[1] == SCHEMA_LINE
     sections = [Recipe, ModelSettings, LoraAdapter, DatasetSettings, Source, METHODS[method], LaunchSettings]
-    sections += [Regularizer, Weighting] if method == "soft" else []
+    sections += {"soft": [Regularizer, Weighting], "self_supervised": [GPOSettings]}.get(method, [])
     assert max(map(len, starter_recipe(method).splitlines())) <= 110
     for section in sections:
         for key in section.model_fields:
@@ -155,7 +169,8 @@ def test_a_starter_loads_and_explains_every_key(tmp_path, method):
 def test_the_defaults_that_a_starter_states_are_the_defaults(method):
     text, compared = starter_recipe(method), 0
     sections = [ModelSettings, LoraAdapter, Source, DatasetSettings, METHODS[method]]
-    for section in (*sections, *([Regularizer] if method == "soft" else [])):
+    inner = {"soft": [Regularizer], "self_supervised": [GPOSettings]}.get(method, [])
+    for section in (*sections, *inner):
         for key, field in section.model_fields.items():
             if field.is_required():
                 continue
@@ -169,7 +184,7 @@ def test_the_defaults_that_a_starter_states_are_the_defaults(method):
 
 def test_a_starter_puts_no_odd_file_name_into_its_text():
     assert starter_recipe("gpo", "a b\nc: d.yaml").splitlines()[0] == "# prefopt train my.yaml"
-    with pytest.raises(UserError, match=r"did you mean 'gpo'.*there are: gpo, soft"):
+    with pytest.raises(UserError, match=r"did you mean 'gpo'.*there are: gpo, self_supervised, soft"):
         starter_recipe("gop")
     assert starter_methods() == sorted(METHODS)
 
@@ -199,7 +214,7 @@ def test_the_schema_covers_training_fields_and_sections():
     assert schema["required"] == ["model", "dataset", "method", "output_dir"]
     assert schema["additionalProperties"] is False
     assert schema["$defs"]["GPOSettings"]["properties"]["loss"]["description"]
-    for name in ("SoftSettings", "Regularizer", "Weighting"):
+    for name in ("SoftSettings", "Regularizer", "Weighting", "SelfSupervisedSettings"):
         described = schema["$defs"][name]
         assert described["additionalProperties"] is False
         assert all(
@@ -207,6 +222,14 @@ def test_the_schema_covers_training_fields_and_sections():
             for key, each in described["properties"].items()
         )
     assert schema["$defs"]["SoftSettings"]["properties"]["alpha"]["exclusiveMinimum"] == 0
+
+
+def test_the_schema_tells_what_an_alignment_loss_may_be():
+    own = recipe_json_schema()["$defs"]["SelfSupervisedSettings"]
+    names = [each["$ref"].rpartition("/")[2] for each in own["properties"]["align"]["anyOf"]]
+    assert names == ["GPOSettings", "SoftSettings"]
+    assert own["required"] == ["name", "align"]
+    assert own["properties"]["levels"]["minimum"] == 2
 
 
 def test_nothing_in_the_recipe_room_imports_anything_heavy():

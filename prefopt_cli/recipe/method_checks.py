@@ -1,0 +1,93 @@
+"""Combinations in the ``method`` section that cannot work; those of all sections: ``prefopt_cli.recipe.checks``."""
+
+import os
+import pathlib
+from collections.abc import Iterator
+
+from prefopt_cli.recipe.methods import ALIGNMENTS, MOST_LEVELS, TAKE_LISTS, SelfSupervisedSettings
+from prefopt_cli.recipe.problems import Problem, dotted, join_names, shown
+from prefopt_cli.recipe.suggestions import LANGUAGE_NAMES, nearest
+from prefopt_cli.recipe.values import Check, Settings
+
+
+def _lists_for_the_method(settings: Settings) -> Iterator[Problem]:
+    place, lists = settings.alignment(), settings.get("dataset", "lists")
+    name, where = settings.get(*place, "name"), dotted(place)
+    if lists == "whole" and name in ALIGNMENTS and name not in TAKE_LISTS:
+        yield Problem(
+            ("dataset", "lists"),
+            f"{where} {name} compares pairs; use all_pairs or adjacent_pairs, or {where} {join_names(TAKE_LISTS)}",
+        )
+
+
+def _weights_need_pairs_to_compare(settings: Settings) -> Iterator[Problem]:
+    mu = (*settings.alignment(), "mu")
+    weighted = settings.get(*mu) not in (None, "none")
+    if weighted and settings.training("per_device_train_batch_size") == 1:
+        yield Problem(
+            mu,
+            "weighs the pairs that go through the model together, and per_device_train_batch_size is 1; use at least "
+            "2, or mu: none",
+        )
+
+
+def _soft_without_reference_scores(settings: Settings) -> Iterator[Problem]:
+    place = settings.alignment()
+    if settings.get(*place, "name") != "soft":
+        return
+    for name in ("precompute_ref_log_probs", "precompute_ref_batch_size"):
+        if settings.get("training", name) is not None:
+            yield Problem(
+                ("training", name),
+                f"{dotted(place)} soft never scores the data with the reference policy; leave it out",
+            )
+
+
+def known_levels(settings: Settings) -> int:
+    """Levels of self_supervised; a mistaken number stands for as many as there may be."""
+    levels = ("method", "levels")
+    if settings.mistaken(*levels):
+        return MOST_LEVELS
+    return settings.get(*levels) or int(SelfSupervisedSettings.model_fields["levels"].default)
+
+
+def _enough_levels(settings: Settings) -> Iterator[Problem]:
+    if settings.get("method", "name") != "self_supervised":
+        return
+    drawn, levels = settings.get("method", "levels_per_step"), known_levels(settings)
+    if drawn is not None and drawn > levels:
+        yield Problem(
+            ("method", "levels_per_step"),
+            f"cannot draw {drawn} of {levels} levels; use at most {levels}, or raise method.levels",
+        )
+
+
+def _known_language(settings: Settings) -> Iterator[Problem]:
+    """Files are read with the data; a language that does not exist is told at once."""
+    stopwords = settings.get("method", "stopwords")
+    if settings.get("method", "name") != "self_supervised" or not isinstance(stopwords, str):
+        return
+    names_a_file = {"/", "\\"} & set(stopwords) or pathlib.Path(stopwords).suffix
+    if names_a_file or os.path.exists(stopwords):
+        return
+    from stopwordsiso import langs  # reads its half megabyte of words when imported
+
+    codes = langs()
+    if stopwords.lower() in codes:
+        return
+    close = nearest(stopwords.partition("-")[0].partition("_")[0], [*codes, *LANGUAGE_NAMES])
+    guess = f"; did you mean {LANGUAGE_NAMES.get(close, close)!r}?" if close else ""
+    yield Problem(
+        ("method", "stopwords"),
+        f"expected one of {len(codes)} language codes (en, de, fr, ...), a file or a list of words, "
+        f"found {shown(stopwords)}{guess}",
+    )
+
+
+METHOD_CHECKS: tuple[Check, ...] = (
+    _lists_for_the_method,
+    _weights_need_pairs_to_compare,
+    _soft_without_reference_scores,
+    _enough_levels,
+    _known_language,
+)

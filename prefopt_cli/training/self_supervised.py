@@ -1,0 +1,184 @@
+"""The trainer of Self-supervised Preference Optimization."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import DPOConfig
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.recipe.schema import SelfSupervisedSettings
+from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_responses
+from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.training.degree_batches import DegreeCollator, EpochCount
+from prefopt_cli.training.row_metrics import RowMetrics
+from prefopt_cli.training.trainer import PreferenceTrainer
+
+HEAD_FILE = "degree_head.safetensors"
+"""The classifier head in a checkpoint."""
+
+
+class SelfSupervisedTrainer(PreferenceTrainer):
+    """Minimises L_align + ssl_coef L_degree (Li et al., EMNLP 2024 Findings, arXiv 2409.17791).
+
+    L_degree is the cross-entropy of a linear classifier that is shown a response, or a version of it without some of
+    its key phrases, by its last hidden state, and tells the level. Of a row it is the mean over its versions in the
+    batch, 0 where none takes part; of a batch the mean over its rows. The classifier begins with zeros: at first it
+    tells nothing, and the policy is not pushed about.
+
+    A class of its own stands in front of the trainer of the alignment loss, which stays as it is: see `beside`. An
+    evaluation reports the alignment loss, and how well all levels are told.
+
+    Args:
+        degrees: the recipe's method section.
+        **arguments: those of the alignment loss's trainer. The datasets have `degraded_ids`, `degraded_levels` too.
+
+    Raises:
+        UserError: the model's experts are balanced by a loss, for which it has to run in a way that shows no states.
+    """
+
+    def __init__(self, *, degrees: SelfSupervisedSettings, **arguments: Any) -> None:
+        self.degrees = degrees
+        self.data_collator: DegreeCollator
+        self._states: Tensor | None = None
+        super().__init__(**arguments)
+        if self.aux_loss_enabled:
+            raise UserError(
+                "method self_supervised reads hidden states, which a model whose experts are balanced by a loss does "
+                "not show. Set training.router_aux_loss_coef: 0, or use method.align alone."
+            )
+        size = plain_model(self.model).get_output_embeddings().weight.size(1)
+        self.degree_head = nn.Linear(size, degrees.levels, device=self.args.device, dtype=torch.float32)
+        nn.init.zeros_(self.degree_head.weight)
+        nn.init.zeros_(self.degree_head.bias)
+        self.add_callback(EpochCount(self.data_collator))
+        self.add_callback(_AverageGradients(self.degree_head))
+
+    @classmethod
+    def beside(cls, alignment: type[PreferenceTrainer]) -> type["SelfSupervisedTrainer"]:
+        """The trainer of this loss beside that of an alignment loss."""
+        return type(f"SelfSupervised{alignment.__name__}", (cls, alignment), {})
+
+    def make_collator(self, padding_id: int, args: DPOConfig) -> DegreeCollator:
+        """One that draws levels."""
+        return DegreeCollator(
+            Layout(),
+            padding_id,
+            args.pad_to_multiple_of,
+            levels_per_step=self.degrees.levels_per_step,
+            seed=args.seed,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Of all levels: an evaluation is the same whatever the draws."""
+        training, self.data_collator = self.data_collator, self.data_collator.of_all_levels()
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """With the head as a group of its own, at its own learning rate; the schedule is that of all."""
+        optimizer = super().create_optimizer(model)
+        optimizer.add_param_group(
+            {
+                "params": list(self.degree_head.parameters()),
+                "lr": self.degrees.head_learning_rate,
+                "weight_decay": self.args.weight_decay,
+            }
+        )
+        return optimizer
+
+    def score_policy(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> ResponseScores:
+        """Scores of the K responses under the policy; the states of all versions are kept for the degree loss."""
+        scores = score_responses(model, inputs, self.layout, pooling=self.degrees.pooling)
+        self._states = scores.states
+        return scores
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """The alignment loss of a batch, in training plus the weighted degree loss from the same forward pass."""
+        loss = super().compute_loss(model, inputs)
+        states, self._states = self._states, None
+        if states is None:
+            raise RuntimeError(f"{type(self).__name__} did not score the policy.")
+        losses = self._degree_losses(states, inputs)
+        if self.model.training:
+            self.guard.watch(losses, inputs["row_index"])
+            loss = loss + self.degrees.ssl_coef * losses.mean()
+        return (loss, {}) if return_outputs else loss
+
+    def _degree_losses(self, states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(B,) losses of the rows, from the states (P, H) of all responses, after noting how the levels were told."""
+        rows, levels = inputs["degree_rows"], inputs["degree_levels"]
+        states = states.index_select(0, inputs["degree_passages"])
+        with torch.autocast(states.device.type, enabled=False):
+            logits = self.degree_head(states.float())
+            each = cross_entropy(logits, levels, reduction="none")
+        numbers = torch.arange(len(inputs["row_index"]), device=rows.device)
+        belongs = (rows == numbers[:, None]).to(each.dtype)
+
+        def by_row(values: Tensor) -> Tensor:
+            """(B,) sums of values (D,); in no product, as autocast would round it, nor by index, for CUDA's order."""
+            return (belongs * values).sum(1)
+
+        counts = by_row(torch.ones_like(each))
+        losses = by_row(each) / counts.clamp(min=1)
+        with torch.no_grad():
+            right = (logits.argmax(1) == levels).to(each.dtype)
+            metrics: RowMetrics = {
+                "ssl/loss": (losses, (counts > 0).to(each.dtype)),
+                "ssl/accuracy": (by_row(right), counts),
+            }
+            for level in range(self.degrees.levels):
+                own = (levels == level).to(each.dtype)
+                metrics[f"ssl/accuracy_level_{level}"] = (by_row(right * own), by_row(own))
+            if self.model.training:
+                metrics["ssl/term"] = (losses, torch.ones_like(losses))
+        self.note_rows(metrics, inputs)
+        return losses
+
+    def complete_means(self, means: dict[str, float]) -> None:
+        """The objective, with the degree loss that belongs to it; rows without degrees have none."""
+        super().complete_means(means)
+        means["align/loss"] = means["loss"]
+        means["loss"] += self.degrees.ssl_coef * means.pop("ssl/term")
+
+    def progress_state(self, folder: Path) -> dict[str, Any]:
+        """With the head, in a file of its own."""
+        if self.is_world_process_zero():
+            save_file(self.degree_head.state_dict(), folder / HEAD_FILE)
+        return super().progress_state(folder)
+
+    def load_progress_state(self, state: Mapping[str, Any], folder: Path) -> None:
+        """Every process takes up the head."""
+        super().load_progress_state(state, folder)
+        self.degree_head.load_state_dict(load_file(folder / HEAD_FILE, device=str(self.args.device)))
+
+
+class _AverageGradients(TrainerCallback):
+    """The head is no part of the model, so nobody else averages its gradients over processes."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self._head = head
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Before every step, in all processes."""
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        for parameter in self._head.parameters():
+            if parameter.grad is not None:
+                torch.distributed.all_reduce(parameter.grad)
+                parameter.grad /= torch.distributed.get_world_size()

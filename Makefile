@@ -55,6 +55,10 @@ Soft preference optimization: a temperature in place of beta, and a KL on what t
   prefopt train recipes/soft-sandbox.yaml
   prefopt sandbox score runs/soft-sandbox runs/quickstart
 
+A second loss beside DPO: a classifier that tells how much of a reply was removed (docs/self-supervised.md):
+  prefopt train recipes/self-supervised-sandbox.yaml
+  prefopt sandbox score runs/self-supervised-sandbox runs/quickstart
+
 Another dimension, from where the quickstart ended:
   prefopt train recipes/gpo-sandbox.yaml model.name_or_path=runs/quickstart dataset.train=sandbox:polite output_dir=runs/polite
   prefopt sandbox score runs/polite --against runs/quickstart

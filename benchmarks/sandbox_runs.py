@@ -25,10 +25,16 @@ UNWATCHED = ("dataset.eval={}", "training.eval_strategy=no")
 Row = dict[str, Any]
 
 
-def train_policy(recipe: str, overrides: Sequence[str], seed: int, run: Path) -> Path:
-    """Train by a shipped recipe with another seed, of training and of the order of the pairs; returns the run."""
+def train_policy(
+    recipe: str, overrides: Sequence[str], seed: int, run: Path, *, watched: bool = False
+) -> Path:
+    """Train by a shipped recipe with another seed, of training and of the order of the pairs; returns the run.
+
+    It is evaluated on the held-out pairs, after every epoch, only if `watched`.
+    """
     path = RECIPES / f"{recipe}.yaml"
-    settings = [*overrides, f"training.seed={seed}", f"dataset.seed={seed}", *UNWATCHED, f"output_dir={run}"]
+    settings = [*overrides, f"training.seed={seed}", f"dataset.seed={seed}", f"output_dir={run}"]
+    settings += [] if watched else UNWATCHED
     train(load_recipe(path, settings), recipe_folder=path.parent, reporter=Silent())
     return run
 
@@ -63,6 +69,13 @@ def last_tokens(run: Path) -> int:
             if "loss" in record
         )
     )
+
+
+def last_evaluation(run: Path, eval_set: str) -> dict[str, float]:
+    """The figures of the last evaluation on a set, without their prefix."""
+    prefix = f"eval_{eval_set}_"
+    record = next(each for each in reversed(metrics.read(run / "metrics.jsonl")) if f"{prefix}loss" in each)
+    return {name.removeprefix(prefix): each for name, each in record.items() if name.startswith(prefix)}
 
 
 def run_all(jobs: Sequence[Row], work: Callable[[Row], Row], rows: Path, processes: int) -> Iterator[Row]:

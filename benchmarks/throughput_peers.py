@@ -49,6 +49,21 @@ def arguments(subject: Subject, folder: Path, batch: int, steps: int, **changes:
     )
 
 
+def own_arguments(subject: Subject, folder: Path, batch: int, steps: int) -> DPOConfig:
+    """Of prefopt's trainers, as `prefopt_cli.training.arguments` has them."""
+    return arguments(
+        subject,
+        folder,
+        batch,
+        steps,
+        max_length=None,
+        precompute_ref_log_probs=True,
+        remove_unused_columns=False,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=subject.device == "cuda",
+    )
+
+
 def build_trainer(
     name: str,
     subject: Subject,
@@ -75,17 +90,7 @@ def build_trainer(
             settings=GPOSettings(name="gpo"),
             model=model,
             ref_model=None,  # the scores are there
-            args=arguments(  # as prefopt_cli.training.arguments has them
-                subject,
-                folder,
-                batch,
-                steps,
-                max_length=None,
-                precompute_ref_log_probs=True,
-                remove_unused_columns=False,
-                logging_nan_inf_filter=False,
-                dataloader_pin_memory=subject.device == "cuda",
-            ),
+            args=own_arguments(subject, folder, batch, steps),
             train_dataset=tokens,
             eval_dataset={},
             processing_class=tokenizer_of(folder),

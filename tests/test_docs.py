@@ -44,11 +44,11 @@ DATA = "trl-lib/ultrafeedback_binarized"
 QUICK = ["training.max_steps=2", "training.gradient_accumulation_steps=1"]
 FEW_PAIRS = ["dataset.train.0.limit=32", "dataset.eval.heldout.0.limit=16"]
 """For the sandbox's recipes: their training source and their eval set."""
-SHORT_SAMPLES = ["method.regularizer.max_new_tokens=8", "method.regularizer.num_prompts=4"]
-"""For methods that let the policy write; the contexts of the stand-ins are short, too."""
+SHORT_SAMPLES = ["regularizer.max_new_tokens=8", "regularizer.num_prompts=4"]
+"""For alignment losses that let the policy write; the contexts of the stand-ins are short, too."""
 FEW_SAMPLES = ["--prompts", "4", "--per-prompt", "2", "--exact-prompts", "1"]
 """For `prefopt sandbox score`; of an option that is given twice the later one counts."""
-SANDBOX = re.compile(r"\bprefopt sandbox |\b(gpo|soft)-sandbox\.yaml")
+SANDBOX = re.compile(r"\bprefopt sandbox |\b(gpo|soft|self-supervised)-sandbox\.yaml")
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -182,8 +182,8 @@ def _data_is_there(recipe: Path, overrides: list[str]) -> bool:
     loaded = load_recipe(recipe, overrides)
     sources = [source.source for source in loaded.dataset.train]
     sources += [source.source for each in loaded.dataset.eval.values() for source in each]
-    if isinstance(loaded.method, SoftSettings):
-        sources += [source.source for source in loaded.method.regularizer.prompts or ()]
+    if isinstance(align := loaded.method.alignment, SoftSettings):
+        sources += [source.source for source in align.regularizer.prompts or ()]
     places = (*sources, loaded.model.name_or_path)
     return all(has_scheme(place) or Path(place).exists() for place in places)
 
@@ -213,8 +213,10 @@ def _run(commands: list[Command], prefopt: Prefopt, folder: Path) -> None:  # no
                 continue  # it loads
             if recipe.name.endswith("-sandbox.yaml"):
                 arguments += FEW_PAIRS
-            if load_recipe(recipe, overrides).method.name == "soft":
-                arguments += SHORT_SAMPLES
+            method = load_recipe(recipe, overrides).method
+            if method.alignment.name == "soft":
+                place = "method" if method.alignment is method else "method.align"
+                arguments += [f"{place}.{each}" for each in SHORT_SAMPLES]
         if arguments[:2] == ["sandbox", "score"]:
             arguments += FEW_SAMPLES
         if arguments[0] == "train":

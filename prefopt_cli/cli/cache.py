@@ -1,4 +1,4 @@
-"""`prefopt cache`: what lies in the cache, and removing scores from it."""
+"""`prefopt cache`: what lies in the cache, and removing scores and tokenised data from it."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from prefopt_cli.cli.cache_tokens import KeptTokens
     from prefopt_cli.scoring.cache_contents import Choice, Contents, KeptPolicy, Pruned
 
 STANDARD_DAYS = 90
@@ -21,7 +22,7 @@ MOST_DAYS = 36_500
 
 app = typer.Typer(
     name="cache",
-    help="What prefopt keeps so as not to compute it twice: scores of frozen policies, sandbox worlds.",
+    help="What prefopt keeps so as not to compute it twice: scores of frozen policies, tokenised data, sandbox worlds.",
     epilog="Example: prefopt cache info",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -33,22 +34,25 @@ def info(json: JsonOption = False, debug: DebugOption = False) -> None:
 
     Nothing is changed.
     """
+    from prefopt_cli.cli.cache_tokens import kept_tokens
     from prefopt_cli.runs.cache import cache_folder
     from prefopt_cli.scoring.cache_contents import describe
 
-    contents = describe()
+    contents, tokens = describe(), kept_tokens()
     sandbox = cache_folder() / "sandbox"
     sandbox_bytes = _folder_bytes(sandbox)
     if json:
         _print_json(
             folder=str(cache_folder()),
             scores=_to_json(contents),
+            tokens=tokens.to_dict(),
             sandbox={"folder": str(sandbox), "bytes": sandbox_bytes},
         )
         return
     console = standard_output()
     print_line(console, f"cache: {cache_folder()}")
     print_line(console, f"  scores   {_size(contents.bytes):>9}  {contents.file}")
+    print_line(console, f"  tokens   {_size(tokens.bytes):>9}  {tokens.folder} ({_sets(tokens)})")
     print_line(console, f"  sandbox  {_size(sandbox_bytes):>9}  {sandbox}")
     for line in _remarks(contents):
         print_line(console, line)
@@ -65,7 +69,7 @@ def prune(
             metavar="DAYS",
             min=0,
             max=MOST_DAYS,
-            help=f"Scores of policies that no run has used for so long (standard: {STANDARD_DAYS}).",
+            help=f"Scores and tokenised sets that no run has used for so long (standard: {STANDARD_DAYS}).",
             show_default=False,
         ),
     ] = None,
@@ -74,35 +78,40 @@ def prune(
         typer.Option(
             "--policy",
             metavar="DIGEST",
-            help="Scores of this policy only: the first digits of its digest, from `prefopt cache info`.",
+            help="Scores of this policy, and nothing else: the first digits of its digest, from `prefopt cache info`.",
             show_default=False,
         ),
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every score.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="Every score and every tokenised set.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Remove scores of frozen policies and give their space back; a run that needs them computes them again.
+    """Remove scores of frozen policies and tokenised data; a run that needs them computes them again.
 
     Damaged files that were set aside go too.
     """
+    from prefopt_cli.cli.cache_tokens import kept_tokens
     from prefopt_cli.scoring.cache_contents import prune as remove
 
     choice = _choice(unused_for, policy, every)
     messages = standard_error()
     pruned = remove(choice, lambda message: print_line(messages, message), dry_run=dry_run)
+    tokens = kept_tokens().unused_for(choice.unused_for)
+    if not dry_run:
+        tokens.remove()
     if json:
         _print_json(
             dry_run=dry_run,
-            bytes=pruned.bytes,
+            bytes=pruned.bytes + tokens.bytes,
             responses=sum(each.responses for each in pruned.policies),
             policies=[each.to_dict() for each in pruned.policies],
             set_aside=[str(path) for path in pruned.set_aside],
+            tokens=tokens.to_dict(),
         )
         return
     console = standard_output()
-    for line in _said(pruned, dry_run):
+    for line in _said(pruned, tokens, dry_run):
         print_line(console, line)
     if pruned.policies:
         print_line(console)
@@ -130,8 +139,8 @@ def _remarks(contents: "Contents") -> "Iterator[str]":
         )
 
 
-def _said(pruned: "Pruned", dry_run: bool) -> "Iterator[str]":
-    if not pruned.policies and not pruned.set_aside:
+def _said(pruned: "Pruned", tokens: "KeptTokens", dry_run: bool) -> "Iterator[str]":
+    if not pruned.policies and not pruned.set_aside and not tokens.files:
         yield "There is nothing to remove."
         return
     parts = []
@@ -139,10 +148,12 @@ def _said(pruned: "Pruned", dry_run: bool) -> "Iterator[str]":
         responses = sum(each.responses for each in pruned.policies)
         policies = "1 policy" if len(pruned.policies) == 1 else f"{len(pruned.policies)} policies"
         parts.append(f"{responses:,} responses of {policies}")
+    if tokens.files:
+        parts.append(_sets(tokens))
     if pruned.set_aside:
         parts.append(f"{_files(pruned.set_aside)} that had been set aside as damaged")
     begins, about = ("To be removed", "about ") if dry_run else ("Removed", "")
-    yield f"{begins}: {' and '.join(parts)}, {about}{_size(pruned.bytes)}."
+    yield f"{begins}: {' and '.join(parts)}, {about}{_size(pruned.bytes + tokens.bytes)}."
 
 
 def _print_policies(policies: "Sequence[KeptPolicy]", console: "Console") -> None:
@@ -177,6 +188,10 @@ def _print_json(**values: Any) -> None:
 
 def _folder_bytes(folder: "Path") -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def _sets(tokens: "KeptTokens") -> str:
+    return "1 tokenised set" if len(tokens.sets) == 1 else f"{len(tokens.sets)} tokenised sets"
 
 
 def _files(paths: "Sequence[Path]") -> str:

@@ -118,7 +118,7 @@ def _levels(record: Mapping[str, Any]) -> Iterator[str]:
         levels = len(counts["levels"])
         yield (
             f"degrees: level k of {levels} lacks about k/{levels} of a response's key phrases, and level 0 is the "
-            "response itself; of levels that come out alike one is kept"
+            "response itself; of levels that come out alike the lowest is kept"
         )
 
 

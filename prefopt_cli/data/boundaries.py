@@ -7,7 +7,8 @@ first (the rule of TRL's DPOTrainer), so all responses share one prompt.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,10 +70,19 @@ def _write(
             render(tokenizer, prompt, generation_prompt=True) if row.is_chat and special.chat else prompt,
             [whole(response) for response, _ in bare],
             any(had for _, had in bare),
-            [[(level, whole(response)) for level, response in each] for each in degraded],
+            [_accepted(levels, whole) for levels in degraded],
         )
     except jinja2.TemplateError:
         return None
+
+
+def _accepted(levels: list[tuple[int, Text]], whole: Callable[[Text], str]) -> list[tuple[int, str]]:
+    """The versions that the chat template takes: it may refuse a message of which nothing is left."""
+    accepted = []
+    for level, response in levels:
+        with suppress(jinja2.TemplateError):
+            accepted.append((level, whole(response)))
+    return accepted
 
 
 def _texts(written: _Written) -> Iterator[str]:

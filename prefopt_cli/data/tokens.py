@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,13 +10,14 @@ import datasets
 
 from prefopt_cli.data import receipt
 from prefopt_cli.data.degrading import Degrading, require_degrees
-from prefopt_cli.data.encoding import EncodedSet, Encoding, encode_set
+from prefopt_cli.data.encoding import EncodedSet, Encoding
 from prefopt_cli.data.examples import Comparison, PreferenceData, Progress
 from prefopt_cli.data.loading import PROMPTS, closed, list_figures, require_rows, set_receipts
 from prefopt_cli.data.pairing import Pairing, pairs_of
 from prefopt_cli.data.receipt import Receipt, SetReceipt, SourceReceipt, Tally
 from prefopt_cli.data.special_tokens import probe
 from prefopt_cli.data.tables import Columns, TokenRow, as_dataset, columns_of, fingerprint, length_figures
+from prefopt_cli.data.token_cache import TokenCache
 from prefopt_cli.errors import UserError
 from prefopt_cli.recipe.schema import DatasetSettings
 
@@ -60,6 +61,7 @@ def tokenize(
     *,
     lists: Lists = "whole",
     degrading: Degrading | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> TokenizedData:
     """Tokenise every set of ``data``, apply ``max_length`` and complete the receipt.
 
@@ -67,6 +69,7 @@ def tokenize(
         lists: ``whole`` leaves lists of responses as they are, ``all_pairs`` and ``adjacent_pairs`` make
             pairs of them (see ``pairing``). Rows are counted in the receipt before that.
         degrading: how responses are degraded; None leaves that out.
+        report: told where something is wrong with the cache of tokenised data; None: standard error.
 
     Raises:
         UserError: the tokenizer has no eos token or lacks a chat template that the data needs, a row is
@@ -74,11 +77,12 @@ def tokenize(
     """
     sets = data.sets if data.prompts is None else {**data.sets, PROMPTS: data.prompts}
     special = probe(tokenizer, (row for listed in sets.values() for row in listed))
+    cache = TokenCache(tokenizer, report) if report else TokenCache(tokenizer)
     found: dict[str, _TokenSet] = {}
     for name, listed in sets.items():
         before = data.receipt.sets[name].sources
         encoding = Encoding(tokenizer, special, settings, None if name == PROMPTS else degrading)
-        found[name] = _token_set(name, listed, before, encoding, progress)
+        found[name] = _token_set(name, listed, before, encoding, cache, progress)
         require_rows(name, found[name].rows, found[name].sources, settings)
 
     rows = {name: one.rows for name, one in found.items()}
@@ -110,11 +114,12 @@ def _token_set(
     listed: Sequence[Comparison],
     before: Sequence[SourceReceipt],
     encoding: Encoding,
+    cache: TokenCache,
     progress: Progress | None,
 ) -> _TokenSet:
     """The rows of a set that fit, as text and in tokens, and the receipts of its sources."""
     once = {row.row_id: row for row in listed if row.repeat == 1}
-    encoded = encode_set(name, list(once.values()), encoding, progress)
+    encoded = cache.encoded(name, list(once.values()), encoding, progress)
     _require_no_overflow(name, encoded, len(once), encoding.settings)
     tallies = {record.source: Tally(record) for record in before}
     for row_id, reason, _ in encoded.dropped:

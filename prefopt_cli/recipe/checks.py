@@ -31,7 +31,7 @@ EVAL_METRICS = (
 METHOD_METRICS = {
     "gpo": ("gpo/gradient_weight", "gpo/squared_log_ratio"),
     "soft": ("soft/gradient_weight",),
-    "self_supervised": ("align/loss", "ssl/loss", "ssl/accuracy"),
+    "self_supervised": ("ssl/loss", "ssl/accuracy"),
 }
 """What those of a method report besides; self_supervised also the accuracy at each of its levels."""
 

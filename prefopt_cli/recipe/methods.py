@@ -207,10 +207,11 @@ class SelfSupervisedSettings(Section):
         description="Words between key phrases: a language (en, de, ...), a file with one word per line, or a list.",
         json_schema_extra={"minLength": 1, "minItems": 1},
     )
-    head_learning_rate: float = Field(
-        default=1.0e-3,
+    head_learning_rate: float | None = Field(
+        default=None,
         gt=0.0,
-        description="Learning rate of the classifier head; it follows the schedule of training.learning_rate.",
+        description="Learning rate of the classifier head; it follows the schedule of training.learning_rate. null: "
+        "0.1 / hidden size, so that a step moves the logits alike at any width.",
     )
 
     @field_validator("stopwords")

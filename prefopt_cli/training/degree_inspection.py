@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from os.path import commonprefix
 from typing import NamedTuple
 
 from datasets import Dataset
@@ -14,6 +13,9 @@ from prefopt_cli.training.degree_extent import versions_in
 from prefopt_cli.training.row_text import side_of, text_after
 
 _WORDS = re.compile(r"\s*(?:\w+|[^\w\s])|\s+")
+"""Words and marks, each with the blanks before it: few enough for long texts."""
+
+_FINER = re.compile(r"\w+|\W")
 
 
 class Cut(NamedTuple):
@@ -22,7 +24,7 @@ class Cut(NamedTuple):
     start: int
     end: int
     instead: str
-    """What stands there; nothing, or now and then a blank or a word that was read as another one's neighbour."""
+    """What stands there now: as a rule nothing, now and then a blank, or a word that could not be traced."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,22 @@ def first_degraded(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Degrade
     return DegradedResponse(row["row_id"], side_of(row["ranks"], response), len(ids), text, versions)
 
 
-def removed(text: str, left: str) -> Iterator[Cut]:
-    """What was removed from a text, word by word, where so much of it is left."""
-    words, kept = _WORDS.findall(text), _WORDS.findall(left)
+def removed(text: str, left: str, parts: re.Pattern[str] = _WORDS) -> Iterator[Cut]:
+    """What was removed from a text, where so much of it is left.
+
+    Args:
+        text, left: before and after.
+        parts: what both are compared by.
+    """
+    before, after = parts.findall(text), parts.findall(left)
     start = 0
-    for operation, first, last, kept_first, kept_last in SequenceMatcher(
-        None, words, kept, autojunk=False
-    ).get_opcodes():
-        before, after = "".join(words[first:last]), "".join(kept[kept_first:kept_last])
-        if operation != "equal":
-            # The blank before a word belongs to it, so the next word may seem to be another one.
-            same = len(commonprefix((before, after)))
-            ending = len(commonprefix((before[same:][::-1], after[same:][::-1])))
-            yield Cut(start + same, start + len(before) - ending, after[same : len(after) - ending])
-        start += len(before)
+    # Not autojunk: it would overlook the commonest words.
+    steps = SequenceMatcher(None, before, after, autojunk=False).get_opcodes()
+    for operation, first, last, left_first, left_last in steps:
+        gone, instead = "".join(before[first:last]), "".join(after[left_first:left_last])
+        if operation == "replace" and parts is _WORDS:
+            # With another blank before it, a word that stayed looks like another one.
+            yield from (Cut(start + a, start + b, new) for a, b, new in removed(gone, instead, _FINER))
+        elif operation != "equal":
+            yield Cut(start, start + len(gone), instead)
+        start += len(gone)

@@ -67,6 +67,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         progress=reporter.progress,
         lists=list_handling(recipe),
         degrading=degrading(recipe),
+        report=reporter.message,
     )
     reporter.receipt(tokens.receipt.to_dict())
     if not len(tokens.train):

@@ -23,6 +23,12 @@ HEAD_FILE = "degree_head.safetensors"
 """The classifier head in a checkpoint."""
 
 
+HEAD_STEP = 0.1
+"""Default learning rate of the head, times the hidden size: a step of Adam then moves a logit by a tenth or so of a
+state's typical entry, however wide the state. Three times as much is still stable on frozen states, but not on those
+of a policy that learns."""
+
+
 class SelfSupervisedTrainer(PreferenceTrainer):
     """Minimises L_align + ssl_coef L_degree (Li et al., EMNLP 2024 Findings, arXiv 2409.17791).
 
@@ -88,7 +94,7 @@ class SelfSupervisedTrainer(PreferenceTrainer):
         optimizer.add_param_group(
             {
                 "params": list(self.degree_head.parameters()),
-                "lr": self.degrees.head_learning_rate,
+                "lr": self.degrees.head_learning_rate or HEAD_STEP / self.degree_head.in_features,
                 "weight_decay": self.args.weight_decay,
             }
         )

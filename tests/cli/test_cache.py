@@ -1,12 +1,13 @@
 """`prefopt cache`: what it says about the cache, and what it removes."""
 
 import json
+import os
 import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,63 @@ def test_mistakes(prefopt: Prefopt, options: list[str], words: list[str]) -> Non
 def test_unknown_policy_of_no_cache(prefopt: Prefopt, folder: Path) -> None:
     assert prefopt("cache", "prune", "--policy", "12").code == 2
     assert not folder.exists()
+
+
+@pytest.fixture
+def tokens(folder: Path) -> Path:
+    """The folder of two sets, of which one was last used 100 days ago, and what a writer has left 95 days ago."""
+    place = folder / "tokens"
+    place.mkdir(parents=True)
+    for name, size, days in (
+        ("new.arrow", 1_000_000, 0),
+        ("old.arrow", 2_000_000, 100),
+        (".a.arrow.x", 500_000, 95),
+    ):
+        (place / name).write_bytes(bytes(size))
+        then = (datetime.now() - timedelta(days=days)).timestamp()
+        os.utime(place / name, (then, then))
+    return place
+
+
+def test_info_of_tokenised_data(prefopt: Prefopt, tokens: Path) -> None:
+    line = next(line for line in prefopt("cache", "info").out.splitlines() if "tokens" in line)
+    assert line.split(maxsplit=3) == ["tokens", "3.5", "MB", f"{tokens} (2 tokenised sets)"]
+    found = json.loads(prefopt("cache", "info", "--json").out)["tokens"]
+    assert found == {"folder": str(tokens), "bytes": 3_500_000, "sets": 2}
+
+
+@pytest.mark.usefixtures("file")
+@pytest.mark.parametrize(
+    ("options", "gone"),
+    [
+        ([], {"old.arrow", ".a.arrow.x"}),
+        (["--unused-for", "101"], set()),
+        (["--unused-for", "100"], {"old.arrow"}),
+        (["--policy", "12FF"], set()),
+        (["--all"], {"new.arrow", "old.arrow", ".a.arrow.x"}),
+        (["--unused-for", "0"], {"new.arrow", "old.arrow", ".a.arrow.x"}),
+    ],
+    ids=" ".join,
+)
+def test_prune_tokenised_data(prefopt: Prefopt, tokens: Path, options: list[str], gone: set[str]) -> None:
+    before = {file.name: file.stat().st_size for file in tokens.iterdir()}
+    foreseen = json.loads(prefopt("cache", "prune", *options, "--dry-run", "--json").out)
+    assert {file.name for file in tokens.iterdir()} == set(before)
+    done = json.loads(prefopt("cache", "prune", *options, "--json").out)
+    assert {file.name for file in tokens.iterdir()} == set(before) - gone
+    for said in (foreseen, done):
+        assert said["tokens"]["bytes"] == sum(before[name] for name in gone) <= said["bytes"]
+        assert said["tokens"]["sets"] == len(gone - {".a.arrow.x"})
+
+
+def test_prune_says_what_tokenised_data_goes(prefopt: Prefopt, tokens: Path) -> None:
+    assert "To be removed: 1 tokenised set, about 2.5 MB." in prefopt("cache", "prune", "--dry-run").out
+    assert "Removed: 1 tokenised set, 2.5 MB." in prefopt("cache", "prune").out
+    assert "nothing to remove" in prefopt("cache", "prune").out
+    (tokens / "stuck.arrow").mkdir()
+    result = prefopt("cache", "prune", "--all")
+    assert result.code == 1
+    assert "stuck.arrow cannot be removed" in result.err
 
 
 def test_damaged_files_go(prefopt: Prefopt, file: Path) -> None:

@@ -67,9 +67,10 @@ def test_sections_in_their_order(prefopt: Prefopt, recipe: Path, tmp_path: Path)
 def test_json_holds_everything(check: Check) -> None:
     found = check()
     assert set(found) == {
-        "method", "reference", "receipt", "masks", "packing", "memory", "sampling", "device", "rows_per_step",
-        "steps", "notes",
+        "method", "reference", "receipt", "masks", "degrees", "packing", "memory", "sampling", "device",
+        "rows_per_step", "steps", "notes",
     }  # fmt: skip
+    assert found["degrees"] is None, "the method has none"
     assert found["receipt"]["sets"]["train"]["rows"] == 96
     assert found["receipt"]["sets"]["heldout"]["rows"] == 24
     assert found["memory"]["total"] == sum(found["memory"]["parts"].values()) > 0

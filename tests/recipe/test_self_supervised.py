@@ -202,7 +202,7 @@ def test_a_file_without_a_suffix_is_no_language(load, beside_gpo, tmp_path, monk
         ("ssl/accuracy", True, True),
         ("ssl/accuracy_level_2", True, True),
         ("ssl/accuracy_level_3", False, False),  # levels: 3 are 0, 1 and 2
-        ("align/loss", True, True),
+        ("align/loss", False, False),  # an evaluation calls it loss
         ("gpo/gradient_weight", True, False),
         ("soft/gradient_weight", False, True),
     ],

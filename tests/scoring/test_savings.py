@@ -9,6 +9,7 @@ from prefopt_cli.scoring.batches import packed_batch, padded_batch
 from prefopt_cli.scoring.packing import Example
 from prefopt_cli.scoring.savings import (
     ModelWork,
+    Unscored,
     draw_batches,
     forward_operations,
     heaviest_batch,
@@ -176,6 +177,78 @@ def test_the_heaviest_batch_of_either_layout() -> None:
 
     assert (heaviest_batch(batches, packed=True) == batches[1]).all()
     assert (heaviest_batch(batches, packed=False) == batches[0]).all()
+
+
+def test_the_heaviest_padded_batch_of_lists_has_most_rows_times_width() -> None:
+    """Three rows of 12 against two of 15."""
+    batches = np.array([[[5, 10, 10, 0]], [[4, 8, 8, 8]]])
+
+    assert (heaviest_batch(batches, packed=False) == batches[1]).all()
+
+
+# --- texts that are read but not scored
+
+TEXTS = Unscored(*(np.array([[each]]) for each in (1.5, 4.5, 9.0)))
+"""Beside `ONE`: half of the times a text of 3 tokens, and always one of 3."""
+
+
+def test_unscored_texts_by_hand() -> None:
+    """4.5 tokens more, each of which sees the 10 of the prompt; padded, one and a half rows of 16 more."""
+    packed, padded = packed_positions(ONE, TEXTS), padded_positions(ONE, TEXTS)
+
+    assert (packed.tokens[0], packed.scored[0]) == (24.5, 10)
+    assert packed.seen[0] == 186 + 45 + 9
+    assert (padded.tokens[0], padded.seen[0]) == (3.5 * 16, 3.5 * 256)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_unscored_texts_cost_by_hand(device: str) -> None:
+    """Both layouts score 10 tokens; the padding is what 30 tokens, 1.5 prompts and 4.5 tokens leave of 3.5 rows."""
+    found = predict_savings(ONE, WORK, packed=True, cached=True, device=device, unscored=TEXTS)  # type: ignore[arg-type]
+    head, without = 4 * 10 * 1000, 3 * 20 * 2000
+    own = 3 * 24.5 * 2000 + head
+
+    assert (found.padded_tokens, found.packed_tokens, found.response_tokens) == (56, 24.5, 10)
+    assert found.unscored_tokens == 4.5
+    assert found.padding_share == pytest.approx(1 - (30 + 15 + 4.5) / 56)
+    assert found.speedup == found.speedup_precomputed == pytest.approx((3 * 56 * 2000 + head) / own)
+    assert found.unscored_cost == pytest.approx(own / (without + head) - 1)
+
+
+def test_unscored_texts_on_padded_rows_and_before_a_reference() -> None:
+    """The reference in every step reads them as well."""
+    padded = predict_savings(ONE, WORK, packed=False, cached=True, device="cpu", unscored=TEXTS)
+    each = predict_savings(ONE, WORK, packed=True, cached=False, device="cpu", unscored=TEXTS)
+    head = 4 * 10 * 1000 + 10 * 1000
+
+    assert padded.speedup == 1
+    assert padded.unscored_cost == pytest.approx((3 * 56 * 2000 + 40_000) / (3 * 32 * 2000 + 40_000) - 1)
+    assert each.unscored_cost == pytest.approx((4 * 24.5 * 2000 + head) / (4 * 20 * 2000 + head) - 1)
+
+
+def test_without_unscored_texts_nothing_is_said_of_them() -> None:
+    found = predict_savings(ONE, WORK, packed=True, cached=True, device="cpu")
+    assert (found.unscored_tokens, found.unscored_cost) == (None, None)
+
+
+def test_positions_of_unscored_texts_are_those_of_real_batches() -> None:
+    draw = np.random.default_rng(0)
+    lengths = np.hstack((draw.integers(20, 50, (12, 3)), draw.integers(0, 20, (12, 2))))
+    batches = draw_batches(lengths, 4)
+    texts = batches[:, :, 3:]
+    unscored = Unscored((texts > 0).sum(2), texts.sum(2), (texts * (texts + 1) / 2).sum(2))
+    packed, padded = (each(batches[:, :, :3], unscored) for each in (packed_positions, padded_positions))
+    for number, batch in enumerate(batches.tolist()):
+        examples = [
+            Example(
+                np.zeros(p, int), (np.zeros(c, int), np.zeros(r, int)), [np.zeros(n, int) for n in more if n]
+            )
+            for p, c, r, *more in batch
+        ]
+        ours, rows = packed_batch(examples, "pieces", 0), padded_batch(examples, 0)
+        assert packed.tokens[number] == ours["input_ids"].numel()
+        assert packed.scored[number] == ours["targets"].numel()
+        assert padded.tokens[number] == rows["input_ids"].numel()
 
 
 def test_forward_operations_are_those_that_torch_counts() -> None:

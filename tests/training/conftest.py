@@ -1,6 +1,7 @@
 """Small runs on the tiny world."""
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -56,5 +57,19 @@ def run(make_recipe: MakeRecipe, tmp_path: Path) -> Run:
         return train(
             make_recipe(name, *overrides), recipe_folder=tmp_path, reporter=reporter or Silent(), **options
         )
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def shared_run(tiny_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """As `run`, for runs that several tests of a module look at: each name is trained once."""
+    folder = tmp_path_factory.mktemp("shared")
+
+    @cache
+    def start(name: str, *overrides: str) -> Outcome:
+        path = folder / f"{name}.yaml"
+        path.write_text(RECIPE.format(world=tiny_world, out=folder / name))
+        return train(load_recipe(path, overrides), recipe_folder=folder, reporter=Silent())
 
     return start

@@ -65,8 +65,6 @@ def work(job: Row) -> Row:
         if "ssl_coef" in job:
             overrides += [f"method.align={align}", f"method.pooling={job['pooling']}"]
             overrides += [f"method.{name}={job[name]}" for name in ("ssl_coef", "levels")]
-            if job["pooling"] == "last":  # larger states, which the recipe's rate is too high for
-                overrides.append("method.head_learning_rate=null")
             train_policy("self-supervised-sandbox", overrides, job["seed"], run, watched=True)
         else:
             train_policy("gpo-sandbox", [*overrides, f"method={align}"], job["seed"], run, watched=True)

@@ -53,7 +53,6 @@ method:
   levels: 4
   pooling: {pooling}
   ssl_coef: {ssl_coef}
-  head_learning_rate: {head_learning_rate}
 training:
   per_device_train_batch_size: 8
   num_train_epochs: {epochs}
@@ -70,10 +69,10 @@ output_dir: {out}
 """
 
 VARIANTS = (
-    {"pooling": "last", "ssl_coef": 0.1, "head_learning_rate": "null"},
-    {"pooling": "last", "ssl_coef": 1.0, "head_learning_rate": "null"},
-    {"pooling": "mean", "ssl_coef": 0.1, "head_learning_rate": 0.01},
-    {"pooling": "mean", "ssl_coef": 1.0, "head_learning_rate": 0.01},
+    {"pooling": "last", "ssl_coef": 0.1},
+    {"pooling": "last", "ssl_coef": 1.0},
+    {"pooling": "mean", "ssl_coef": 0.1},
+    {"pooling": "mean", "ssl_coef": 1.0},
 )
 
 
@@ -145,8 +144,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace, versions: di
             f"HH-RLHF, {rows[0]['steps']} steps of 8 pairs ({options.epochs} epochs), learning rate "
             f"{options.learning_rate:g}. {rows[0]['versions']:,} held-out versions of responses, of which the "
             f"commonest level is {rows[0]['commonest']:.1%}: what always naming it scores. Brackets: 95 % intervals, "
-            "bootstrap over prompts. The head's learning rate is 0.1 / hidden size for the last state, 0.01 for the "
-            "mean. Made by `python -m benchmarks.self_supervised_hh`.",
+            "bootstrap over prompts. Made by `python -m benchmarks.self_supervised_hh`.",
             "",
             *table(["pooling", "held-out accuracy", *(f"level {each}" for each in range(LEVELS))], lines),
             f"Versions: {', '.join(f'{name} {version}' for name, version in versions.items())}.",

@@ -211,7 +211,7 @@ class SelfSupervisedSettings(Section):
         default=None,
         gt=0.0,
         description="Learning rate of the classifier head; it follows the schedule of training.learning_rate. null: "
-        "0.1 / hidden size, so that a step moves the logits alike at any width.",
+        "1 / hidden size, so that a step moves the logits alike at any width.",
     )
 
     @field_validator("stopwords")

@@ -23,6 +23,7 @@ from prefopt_cli.recipe.schema import (
     Source,
 )
 from prefopt_cli.recipe.training_fields import OWN_FIELDS
+from prefopt_cli.scoring.choice import wants_router_loss
 from prefopt_cli.training.extent import largest_id, longest_row, row_lengths
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.sampling_prompts import SamplingPrompts, sampling_prompts
@@ -57,6 +58,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     if not source.is_local:  # without a connection the hub's client takes its time to give up
         reporter.message(f"Looking for {source.weights} in the hub's cache and on the hub.")
     config = loading.load_config(source, recipe.model)
+    require_states(recipe, config)
     skeleton = loading.on_meta_device(source, recipe.model, recipe.adapter)
     tokenizer = loading.load_tokenizer(source, recipe.model)
     text = data.load(recipe.dataset, progress=reporter.progress, prompts=own_prompts(recipe))
@@ -110,6 +112,20 @@ def degrading(recipe: Recipe) -> Degrading | None:
     if not isinstance(method, SelfSupervisedSettings):
         return None
     return Degrading(find_stopwords(method.stopwords), method.levels, method.apply_to)
+
+
+def require_states(recipe: Recipe, config: Any) -> None:
+    """Refuse models that show no hidden states, where the method reads them.
+
+    Raises:
+        UserError: the model's experts are balanced by a loss, for which it runs in another way.
+    """
+    balanced = wants_router_loss(config, training_field(recipe.training, "router_aux_loss_coef"))
+    if balanced and isinstance(recipe.method, SelfSupervisedSettings):
+        raise UserError(
+            "method self_supervised reads hidden states, which a model whose experts are balanced by a loss does not "
+            "show. Set training.router_aux_loss_coef: 0, or use the settings of method.align alone."
+        )
 
 
 def require_pairs_for_weights(recipe: Recipe, train: Dataset) -> None:

@@ -171,7 +171,9 @@ def test_rows_without_degrees_weigh_nothing(shared_run: Run, lists: Path, tmp_pa
 def make_trainer(recipe: Recipe, *, layout: Layout | None = None, seed: int = 3) -> Any:
     """The trainer of a recipe before its first step, with a head and an adapter that are not zero."""
     prepared = prepare(recipe, Silent())
-    args = training_arguments(recipe, RunFolder(Path(recipe.output_dir)), evaluates=True)
+    args = training_arguments(
+        recipe, RunFolder(Path(recipe.output_dir)), evaluates=bool(prepared.tokens.eval)
+    )
     model = loading.load_model(prepared.source, recipe.model, recipe.adapter)
     objective = find_objective(recipe.method, Path(recipe.output_dir))
     trainer = build_trainer(recipe, prepared, model, args, objective, "", layout)

@@ -96,6 +96,8 @@ def _metric_of_one_set(settings: Settings) -> Iterator[Problem]:
 
 def _method_metrics(settings: Settings) -> Iterator[str]:
     method, align = settings.get("method", "name"), settings.get(*settings.alignment(), "name")
+    if method == "self_supervised" and settings.get("method", "ssl_coef") == 0:
+        method = align  # there is no degree loss
     unsure = method not in METHOD_METRICS or align not in METHOD_METRICS
     for name, metrics in METHOD_METRICS.items():
         yield from metrics if unsure or name in (method, align) else ()

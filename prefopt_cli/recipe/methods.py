@@ -229,6 +229,11 @@ class SelfSupervisedSettings(Section):
         """The settings of the alignment loss."""
         return self.align
 
+    @property
+    def learns_degrees(self) -> bool:
+        """Whether there is a degree loss at all."""
+        return self.ssl_coef > 0
+
 
 Method = Alignment | SelfSupervisedSettings
 """Any method's settings: a union, told apart by `name`."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
-from prefopt_cli.recipe.schema import Recipe, SelfSupervisedSettings
+from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.scoring.choice import packed_layouts, require_choice, unsuited, wants_router_loss
 from prefopt_cli.scoring.forward import plain_model
 from prefopt_cli.scoring.head import KEPT_BYTES
@@ -24,7 +24,7 @@ from prefopt_cli.scoring.savings import (
 from prefopt_cli.training.degree_extent import expected_versions, longest_versions, versions_in
 from prefopt_cli.training.extent import row_lengths
 from prefopt_cli.training.objectives import Objective, precomputes
-from prefopt_cli.training.preparation import Prepared, training_field
+from prefopt_cli.training.preparation import Prepared, degree_settings, training_field
 
 FLOAT32_BYTES = 4
 
@@ -67,8 +67,8 @@ def forecast(recipe: Recipe, objective: Objective, prepared: Prepared, device: D
     lengths = row_lengths(prepared.tokens.train)
     size = training_field(given, "per_device_train_batch_size")
     batches, heavy, unscored = draw_batches(lengths, size), lengths, None
-    if isinstance(recipe.method, SelfSupervisedSettings):
-        versions = versions_in(prepared.tokens.train), len(lengths), recipe.method.levels_per_step
+    if degrees := degree_settings(recipe):
+        versions = versions_in(prepared.tokens.train), len(lengths), degrees.levels_per_step
         unscored = Unscored(*(draw_batches(each, size) for each in expected_versions(*versions)))
         heavy = np.hstack((lengths, longest_versions(*versions)))
     reference = reference_use(recipe, objective)

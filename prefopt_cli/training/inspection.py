@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from prefopt_cli.models.policy import describe_reference
-from prefopt_cli.recipe.schema import LoraAdapter, Recipe, SelfSupervisedSettings
+from prefopt_cli.recipe.schema import LoraAdapter, Recipe
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.degree_inspection import DegradedResponse, first_degraded
@@ -17,7 +17,13 @@ from prefopt_cli.training.extent import prompt_lengths
 from prefopt_cli.training.forecast import Forecast, Packing, checkpoints_layers, forecast
 from prefopt_cli.training.memory import MemoryEstimate, Precision, Reference, Sampling, estimate_memory
 from prefopt_cli.training.objectives import find_objective
-from prefopt_cli.training.preparation import Prepared, prepare, sampling_settings, training_field
+from prefopt_cli.training.preparation import (
+    Prepared,
+    degree_settings,
+    prepare,
+    sampling_settings,
+    training_field,
+)
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.row_text import pieces, side_of
 
@@ -198,7 +204,7 @@ def _memory(
         gradient_accumulation_steps=training_field(given, "gradient_accumulation_steps"),
         device=device,
         sampling=sampling,
-        degrees=recipe.method if isinstance(recipe.method, SelfSupervisedSettings) else None,
+        degrees=degree_settings(recipe),
     )
 
 

@@ -88,6 +88,8 @@ def _soft(settings: SoftSettings) -> Objective:
 
 def _self_supervised(settings: SelfSupervisedSettings, folder: Path) -> Objective:
     align = find_objective(settings.align, folder)
+    if not settings.learns_degrees:
+        return replace(align, description=f"{align.description}; ssl_coef is 0, so there is no degree loss")
     sides = "chosen and rejected" if settings.apply_to == "both" else settings.apply_to
     drawn = f"{settings.levels_per_step} of {settings.levels} degrees"
     return replace(

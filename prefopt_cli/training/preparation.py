@@ -102,14 +102,20 @@ def list_handling(recipe: Recipe) -> Literal["whole", "all_pairs", "adjacent_pai
     return "whole" if recipe.method.alignment.name in TAKE_LISTS else "all_pairs"
 
 
+def degree_settings(recipe: Recipe) -> SelfSupervisedSettings | None:
+    """How degrees of responses are learnt; None where the method does without."""
+    method = recipe.method
+    return method if isinstance(method, SelfSupervisedSettings) and method.learns_degrees else None
+
+
 def degrading(recipe: Recipe) -> Degrading | None:
     """How responses are degraded; None where the method does without.
 
     Raises:
         UserError: the stop words cannot be found.
     """
-    method = recipe.method
-    if not isinstance(method, SelfSupervisedSettings):
+    method = degree_settings(recipe)
+    if method is None:
         return None
     return Degrading(find_stopwords(method.stopwords), method.levels, method.apply_to)
 
@@ -121,7 +127,7 @@ def require_states(recipe: Recipe, config: Any) -> None:
         UserError: the model's experts are balanced by a loss, for which it runs in another way.
     """
     balanced = wants_router_loss(config, training_field(recipe.training, "router_aux_loss_coef"))
-    if balanced and isinstance(recipe.method, SelfSupervisedSettings):
+    if balanced and degree_settings(recipe):
         raise UserError(
             "method self_supervised reads hidden states, which a model whose experts are balanced by a loss does not "
             "show. Set training.router_aux_loss_coef: 0, or use the settings of method.align alone."

@@ -23,8 +23,8 @@ HEAD_FILE = "degree_head.safetensors"
 
 
 HEAD_STEP = 1.0
-"""Default learning rate of the head, times the hidden size: a step of Adam then moves a logit by about a state's typical
-entry, however wide the state. Three times as much was stable too, and quicker, in runs of some eighty steps."""
+"""Default learning rate of the head, times the hidden size: a step of Adam then moves a logit by about a typical entry
+of the state, however wide the state. Three times as much was stable too, and quicker, in runs of some eighty steps."""
 
 
 class SelfSupervisedTrainer(PreferenceTrainer):

@@ -87,11 +87,13 @@ def lists(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- the alignment loss stays what it is
 
 
+NOTHING = 1e-20
+"""A weight with which all is computed and nothing changes: Adam's epsilon swallows the head's gradients."""
+
+
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("name", ALIGNS)
-def test_with_weight_zero_it_is_the_alignment_loss_alone(
-    shared_run: Run, lists: Path, name: str, layout: str
-) -> None:
+def test_the_alignment_loss_is_what_it_is_alone(shared_run: Run, lists: Path, name: str, layout: str) -> None:
     """Every step's loss and the weights at the end, up to the rounding of sums over other batches of tokens."""
     align = ALIGNS[name]
     options = [
@@ -102,7 +104,7 @@ def test_with_weight_zero_it_is_the_alignment_loss_alone(
     if name == "lists":
         options += [f"dataset.train={lists}", f"dataset.eval.heldout={lists}"]
     alone = shared_run(f"{name}-{layout}-alone", f"method={align}", *options).run
-    both = shared_run(f"{name}-{layout}", beside(align, ssl_coef=0), *options).run
+    both = shared_run(f"{name}-{layout}", beside(align, ssl_coef=NOTHING), *options).run
 
     records = list(zip(logged(both), logged(alone), strict=True))
     assert len(records) == 6
@@ -130,7 +132,47 @@ def test_with_weight_zero_it_is_the_alignment_loss_alone(
     assert ours.keys() == theirs.keys()
     for key in theirs:
         assert (ours[key] - theirs[key]).abs().max() < 1e-6, key
-    assert all(not weight.any() for weight in head_of(both).values()), "the head had a gradient"
+    assert all(weight.abs().max() < 1e-12 for weight in head_of(both).values())
+
+
+def test_with_weight_zero_it_is_the_alignment_loss_to_the_bit(shared_run: Run) -> None:
+    """Nothing is degraded, and there is no head."""
+    options = [
+        "training.attention_layout=packed",
+        "training.learning_rate=3e-4",
+        "training.eval_on_start=true",
+    ]
+    alone = shared_run("logistic-packed-alone", f"method={GPO}", *options).run
+    without = shared_run("without", beside(GPO, ssl_coef=0), *options).run
+    timing = ("runtime", "per_second")
+    ours, theirs = (
+        [
+            {key: value for key, value in record.items() if not key.endswith(timing)}
+            for record in metrics.read(run.metrics)
+        ]
+        for run in (without, alone)
+    )
+    assert ours == theirs
+    weights, expected = (load_file(run.model / "model.safetensors") for run in (without, alone))
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+    assert not list(without.checkpoints.glob(f"*/{HEAD_FILE}"))
+    assert without.read_manifest()["receipt"]["sets"]["train"]["degrees"] is None
+
+
+def test_with_weight_zero_the_head_has_no_gradient(make_recipe: MakeRecipe) -> None:
+    """Of a trainer that was made with it all the same."""
+    trainer = make_trainer(make_recipe("run", beside(GPO, ssl_coef=1.0)), layout=PIECES)
+    trainer.degrees = trainer.degrees.model_copy(update={"ssl_coef": 0.0})
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.compute_loss(trainer.model, batch).backward()
+    assert all(not parameter.grad.any() for parameter in trainer.degree_head.parameters())
+
+
+def test_the_heads_default_rate_goes_by_the_width_of_its_states(make_recipe: MakeRecipe) -> None:
+    """1 / hidden size; the tiny model has 32 states."""
+    trainer = make_trainer(make_recipe("run", beside(GPO, head_learning_rate="null")), layout=PIECES)
+    trainer.create_optimizer()
+    assert trainer.optimizer.param_groups[-1]["lr"] == pytest.approx(1 / 32)
 
 
 def test_the_objective_is_the_sum(shared_run: Run) -> None:

@@ -1,4 +1,4 @@
-"""What `docs/self-supervised.md` says of the sandbox, in half the steps: degrees are told, and the policy still wins."""
+"""What `docs/self-supervised.md` says of the sandbox, in half the steps: degrees are told, the policy still wins."""
 
 from pathlib import Path
 

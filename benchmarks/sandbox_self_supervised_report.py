@@ -1,11 +1,10 @@
 """The tables of `benchmarks.sandbox_self_supervised`."""
 
-import math
 import statistics
 from collections.abc import Callable
 
 from benchmarks.sandbox_runs import Row
-from benchmarks.tables import shown, table, value
+from benchmarks.tables import over_seeds, shown, table, value
 from prefopt_cli.sandbox.plan import ScoreSettings
 
 Figure = Callable[[Row], float]
@@ -102,9 +101,9 @@ def _differences(found: dict[str, list[Row]]) -> list[str]:
 
 def _bold(values: list[float], digits: int, scale: float) -> str:
     text = shown(values, digits, scale)
-    mean, width = (float(part) for part in text.split(" ± "))
     text = text if text.startswith("-") else f"+{text}"
-    return f"**{text}**" if not math.isnan(width) and abs(mean) > width else text
+    mean, width = over_seeds(values)  # not a number with one seed, and then nothing is larger
+    return f"**{text}**" if abs(mean) > width else text
 
 
 def _levels(found: dict[str, list[Row]]) -> list[str]:

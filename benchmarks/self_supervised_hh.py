@@ -182,7 +182,6 @@ def main() -> None:
         "epochs": options.epochs,
         "learning_rate": options.learning_rate,
     }
-    del record["data"], record["model"]  # places of this machine
     (HERE / "results" / "self-supervised-hh.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

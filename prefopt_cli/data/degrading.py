@@ -41,6 +41,14 @@ class Degrading:
         )
         return replace(row, degrees=kept)
 
+    def misses(self, rows: Sequence[TokenRow]) -> bool:
+        """Whether a response of the rows that is to take part has no degraded version."""
+        return any(
+            self.wants(rank) and not each
+            for row in rows
+            for each, rank in zip(row.degrees, row.ranks, strict=True)
+        )
+
     def figures(self, rows: Sequence[TokenRow]) -> dict[str, Any]:
         """``degrees`` of a ``SetReceipt``, of rows that this was applied to."""
         wanted = [

@@ -83,10 +83,6 @@ def _compact(row: Comparison, encoded: Encoded, fitted: Fitted, degrading: Degra
     levels = degrees(encoded, fitted) if degrading else ()
     turns = [receipt.SPANS_TURNS] if row.spans_turns else []
     notes = [*row.notes, *turns, *fitted.notes]
-    if degrading and not all(
-        each for each, rank in zip(levels, fitted.ranks, strict=True) if degrading.wants(rank)
-    ):
-        notes.append(receipt.NO_DEGREES)
     versions = tuple(
         tuple((level, np.asarray(ids, dtype=np.int32)) for level, ids in each) for each in levels
     )

@@ -22,11 +22,11 @@ _CLOSERS = frozenset(")]}>）】」』》”»›")
 _PAIR = {**dict.fromkeys('“”„"', "“"), **dict.fromkeys("‘’‚'", "‘"), "»": "«", "›": "‹", "?": "¿", "!": "¡"}
 _PAIR |= dict(zip(_BRACKETS[1::2], _BRACKETS[::2], strict=True))
 
-_ENDS = frozenset(".!?…。！？।؟۔")
+_ENDS = frozenset(".!?…。！？।؟۔።፧")
 _TIES = frozenset("-–—―/&\\+=_*~")
 """Join two words; where one that they touch is cut, nothing is left to join."""
 
-_RANKS = {**dict.fromkeys(",،，、", 1), **dict.fromkeys(_TIES, 1), **dict.fromkeys(";:؛；：", 2)}
+_RANKS = {**dict.fromkeys(",،，、፣", 1), **dict.fromkeys(_TIES, 1), **dict.fromkeys(";:؛；：፤፥፦", 2)}
 """Of two that meet after a cut, the one of higher rank stays, or the first."""
 
 _PREFIXES = frozenset("-–—.:+~*_/&=\\")
@@ -101,7 +101,7 @@ def marks_of(said: str, gap: list[Span], opening: int) -> Iterator[Mark]:
             if _belongs_to_cut(mark, before, after, follows, precedes, piece.start() < opening):
                 cut = True
                 continue
-            mark.spaced = before if before.isspace() else ""
+            mark.spaced = before if _blank(before) else ""
             if mark.kind == WEAK and mark.is_tie:
                 mark.lost_left, mark.lost_right = follows, precedes
             yield mark
@@ -155,4 +155,4 @@ def _quote_kind(sign: str, before: str, after: str) -> str:
 
 
 def _blank(sign: str) -> bool:
-    return not sign or sign.isspace()
+    return not sign or sign.isspace() or sign == "፡"

@@ -78,7 +78,8 @@ def _parts(rows: Sequence[Comparison], encoding: Encoding, tokenizer: str) -> It
     yield _json(asdict(encoding.special))
     yield _json([encoding.settings.max_length, encoding.settings.on_overflow])
     degrading = encoding.degrading
-    yield _json(degrading and [sorted(degrading.stopwords), degrading.levels, degrading.apply_to])
+    # Not apply_to: what takes no part is left out of the tokens afterwards.
+    yield _json(degrading and [sorted(degrading.stopwords), degrading.levels])
     for row in rows:
         yield _json([row.row_id, row.prompt, row.responses, row.ranks, row.notes])
 

@@ -10,7 +10,7 @@ import datasets
 
 from prefopt_cli.data import receipt
 from prefopt_cli.data.degrading import Degrading, require_degrees
-from prefopt_cli.data.encoding import EncodedSet, Encoding
+from prefopt_cli.data.encoding import EncodedSet, Encoding, Fitting
 from prefopt_cli.data.examples import Comparison, PreferenceData, Progress
 from prefopt_cli.data.loading import PROMPTS, closed, list_figures, require_rows, set_receipts
 from prefopt_cli.data.pairing import Pairing, pairs_of
@@ -82,7 +82,7 @@ def tokenize(
     for name, listed in sets.items():
         before = data.receipt.sets[name].sources
         encoding = Encoding(tokenizer, special, settings, None if name == PROMPTS else degrading)
-        found[name] = _token_set(name, listed, before, encoding, cache, progress)
+        found[name] = _token_set(name, listed, before, encoding, cache, lists, progress)
         require_rows(name, found[name].rows, found[name].sources, settings)
 
     rows = {name: one.rows for name, one in found.items()}
@@ -115,6 +115,7 @@ def _token_set(
     before: Sequence[SourceReceipt],
     encoding: Encoding,
     cache: TokenCache,
+    lists: Lists,
     progress: Progress | None,
 ) -> _TokenSet:
     """The rows of a set that fit, as text and in tokens, and the receipts of its sources."""
@@ -125,13 +126,22 @@ def _token_set(
     for row_id, reason, _ in encoded.dropped:
         tallies[once[row_id].source].drop(reason, row_id)
     fitting = encoded.fitting
-    rows = [replace(row, notes=fitting[row.row_id].notes) for row in listed if row.row_id in fitting]
+    notes = {row_id: _notes(each, lists, encoding.degrading) for row_id, each in fitting.items()}
+    rows = [replace(row, notes=notes[row.row_id]) for row in listed if row.row_id in fitting]
     tokens = [replace(fitting[row.row_id].tokens, row_id=row.occurrence_id) for row in rows]
     sources = [
         closed(tallies[one.source], one.source, one.format, (row for row in rows if row.source == one.source))
         for one in before
     ]
     return _TokenSet(rows, tokens, sources)
+
+
+def _notes(fitting: Fitting, lists: Lists, degrading: Degrading | None) -> tuple[str, ...]:
+    """What the receipt has to say about a row: which responses are to have degrees is known of its pairs only."""
+    if degrading is None:
+        return fitting.notes
+    compared = [fitting.tokens] if lists == "whole" else pairs_of([fitting.tokens], lists)
+    return (*fitting.notes, receipt.NO_DEGREES) if degrading.misses(compared) else fitting.notes
 
 
 def _require_no_overflow(name: str, encoded: EncodedSet, rows: int, settings: DatasetSettings) -> None:

@@ -156,6 +156,20 @@ def _prefetch_needs_workers(settings: Settings) -> Iterator[Problem]:
         yield _problem("dataloader_prefetch_factor", "needs training.dataloader_num_workers of at least 1")
 
 
+def _optimizer_of_the_head(settings: Settings) -> Iterator[Problem]:
+    """Some step through the model's own weights, one by one; the classifier head is none of them."""
+    optimizer = str(settings.training("optim"))
+    learns_degrees = (
+        settings.get("method", "name") == "self_supervised" and settings.get("method", "ssl_coef") != 0
+    )
+    if learns_degrees and (optimizer.endswith("_layerwise") or optimizer in ("lomo", "adalomo")):
+        yield _problem(
+            "optim",
+            f"{optimizer} steps during the backward pass and never trains the classifier of method "
+            "self_supervised; use another, for example adamw_torch, or method.ssl_coef: 0",
+        )
+
+
 def _model_of_a_scheme(settings: Settings) -> Iterator[Problem]:
     yield from _judged(settings, ("model", "name_or_path"), ("model",), "model")
 
@@ -195,6 +209,7 @@ CHECKS: tuple[Check, ...] = (
     _holdout_name,
     _step_counts,
     _prefetch_needs_workers,
+    _optimizer_of_the_head,
     *METHOD_CHECKS,
     _model_of_a_scheme,
     _data_of_a_scheme,

@@ -1,12 +1,10 @@
 """Combinations in the ``method`` section that cannot work; those of all sections: ``prefopt_cli.recipe.checks``."""
 
-import os
-import pathlib
 from collections.abc import Iterator
 
 from prefopt_cli.recipe.methods import ALIGNMENTS, MOST_LEVELS, TAKE_LISTS, SelfSupervisedSettings
-from prefopt_cli.recipe.problems import Problem, dotted, join_names, shown
-from prefopt_cli.recipe.suggestions import LANGUAGE_NAMES, nearest
+from prefopt_cli.recipe.problems import Problem, dotted, join_names
+from prefopt_cli.recipe.stopwords import stopwords_file, stopwords_problem
 from prefopt_cli.recipe.values import Check, Settings
 
 
@@ -63,25 +61,13 @@ def _enough_levels(settings: Settings) -> Iterator[Problem]:
 
 
 def _known_language(settings: Settings) -> Iterator[Problem]:
-    """Files are read with the data; a language that does not exist is told at once."""
+    """A file is looked for when a run begins: the recipe of an earlier run is sound without it."""
     stopwords = settings.get("method", "stopwords")
     if settings.get("method", "name") != "self_supervised" or not isinstance(stopwords, str):
         return
-    names_a_file = {"/", "\\"} & set(stopwords) or pathlib.Path(stopwords).suffix
-    if names_a_file or os.path.exists(stopwords):
-        return
-    from stopwordsiso import langs  # reads its half megabyte of words when imported
-
-    codes = langs()
-    if stopwords.lower() in codes:
-        return
-    close = nearest(stopwords.partition("-")[0].partition("_")[0], [*codes, *LANGUAGE_NAMES])
-    guess = f"; did you mean {LANGUAGE_NAMES.get(close, close)!r}?" if close else ""
-    yield Problem(
-        ("method", "stopwords"),
-        f"expected one of {len(codes)} language codes (en, de, fr, ...), a file or a list of words, "
-        f"found {shown(stopwords)}{guess}",
-    )
+    told = None if stopwords_file(stopwords) else stopwords_problem(stopwords)
+    if told:
+        yield Problem(("method", "stopwords"), told)
 
 
 METHOD_CHECKS: tuple[Check, ...] = (

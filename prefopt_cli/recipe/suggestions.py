@@ -75,23 +75,6 @@ SELF_SUPERVISED_ALIASES = {
 }
 """Such names in a recipe of self_supervised."""
 
-LANGUAGE_NAMES = {
-    "arabic": "ar",
-    "chinese": "zh",
-    "dutch": "nl",
-    "english": "en",
-    "french": "fr",
-    "german": "de",
-    "italian": "it",
-    "japanese": "ja",
-    "korean": "ko",
-    "polish": "pl",
-    "portuguese": "pt",
-    "russian": "ru",
-    "spanish": "es",
-}
-"""Other tools name stop lists by the language's name."""
-
 LOSS_ALIASES = {
     "dpo": "'logistic'",
     "sigmoid": "'logistic'",

@@ -128,7 +128,7 @@ def add_response_head(model: Any) -> None:
 
 
 def pooled(hidden: Tensor, passages: Tensor, pooling: Pooling) -> Tensor:
-    """(P, H) one state per response.
+    """(P, H) one state per response; a mean is in float32 or wider.
 
     Args:
         hidden: (R, W, H) outputs of the backbone.
@@ -141,8 +141,12 @@ def pooled(hidden: Tensor, passages: Tensor, pooling: Pooling) -> Tensor:
         return flat.index_select(0, starts + lengths - 1)
     places = torch.arange(flat.size(0), device=flat.device)
     inside = (places >= starts[:, None]) & (places < (starts + lengths)[:, None])
-    # A product sums in the same order every time, which adding by index does not on CUDA.
-    means: Tensor = inside.to(flat.dtype) @ flat / lengths[:, None]
+    wide = torch.promote_types(flat.dtype, torch.float32)
+    # What lies outside of all responses would be multiplied by zero, and a nan is a nan all the same.
+    own = torch.where(inside.any(0)[:, None], flat, 0).to(wide)
+    with torch.autocast(flat.device.type, enabled=False):  # it would round the product, or overflow
+        # A product sums in the same order every time, which adding by index does not on CUDA.
+        means: Tensor = inside.to(wide) @ own / lengths[:, None]
     return means
 
 

@@ -10,10 +10,11 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.losses.gpo import CONVEX_FUNCTIONS, ConvexFunction, Probe, probe
 
 
-def find_function(loss: str, folder: Path) -> ConvexFunction:
+def find_function(loss: str, folder: Path, key: str) -> ConvexFunction:
     """f by its name in the paper's table, or by `package.module:function`.
 
-    Modules are looked for beside the recipe (`folder`) first, then wherever Python looks.
+    Modules are looked for beside the recipe (`folder`) first, then wherever Python looks. `key` is where the recipe
+    names f, for messages.
 
     Raises:
         UserError: no such module or function, or it cannot be imported.
@@ -28,29 +29,27 @@ def find_function(loss: str, folder: Path) -> ConvexFunction:
             found = getattr(found, part)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"method.loss: there is no module {error.name!r} beside the recipe ({folder}) or installed."
+            f"{key}: there is no module {error.name!r} beside the recipe ({folder}) or installed."
         ) from error
     except AttributeError as error:
-        raise UserError(f"method.loss: the module {module_name} has no function {attribute!r}.") from error
+        raise UserError(f"{key}: the module {module_name} has no function {attribute!r}.") from error
     except Exception as error:  # a user's module may raise anything
-        raise UserError(
-            f"method.loss: importing {module_name} raises {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"{key}: importing {module_name} raises {type(error).__name__}: {error}") from error
     if not callable(found):
-        raise UserError(f"method.loss: {loss} is not a function.")
+        raise UserError(f"{key}: {loss} is not a function.")
     function: ConvexFunction = found
     return function
 
 
-def require_usable(loss: str, function: ConvexFunction) -> Probe:
-    """Probe f and refuse it if it cannot train.
+def require_usable(loss: str, function: ConvexFunction, key: str) -> Probe:
+    """Probe f and refuse it if it cannot train; `key` as for `find_function`.
 
     Raises:
         UserError: f'(0) is not negative, or f is not finite or not elementwise on the grid.
     """
     found = probe(function)
     if found.problems:
-        raise UserError(f"method.loss: {loss} cannot serve as f: {'; '.join(found.problems)}.")
+        raise UserError(f"{key}: {loss} cannot serve as f: {'; '.join(found.problems)}.")
     return found
 
 

@@ -8,6 +8,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prefopt_cli.errors import PrefoptError
+from prefopt_cli.recipe.problems import join_names
+
+LOWER = {
+    "loss": ("training.learning_rate", "training.max_grad_norm"),
+    "degree loss": ("method.head_learning_rate", "method.ssl_coef"),
+}
+"""The losses by name, each with the settings that often help where it is not finite."""
 
 
 class NotFiniteError(PrefoptError):
@@ -25,12 +32,12 @@ class FiniteGuard(TrainerCallback):
 
     def __init__(self, row_ids: Callable[[list[int]], list[str]]) -> None:
         self._row_ids = row_ids
-        self._seen: list[tuple[Tensor, Tensor]] = []
+        self._seen: list[tuple[str, Tensor, Tensor]] = []
         self._samples: list[Tensor] = []
 
-    def watch(self, losses: Tensor, row_index: Tensor) -> None:
-        """Note the per-row losses (B,) of a micro-batch and the indices (B,) of its rows."""
-        self._seen.append((losses.detach(), row_index))
+    def watch(self, losses: Tensor, row_index: Tensor, what: str = "loss") -> None:
+        """Note the per-row losses (B,) of a micro-batch and the indices (B,) of its rows; `what` is one of `LOWER`."""
+        self._seen.append((what, losses.detach(), row_index))
 
     def watch_samples(self, divergences: Tensor) -> None:
         """Note the divergences (K,) of responses that the policy wrote itself."""
@@ -44,12 +51,12 @@ class FiniteGuard(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        """Raise `NotFiniteError` naming the step and the rows."""
+        """Raise `NotFiniteError` naming the step, the losses and the rows."""
         seen, self._seen = self._seen, []
         samples, self._samples = self._samples, []
         if not seen or model is None:
             return
-        losses = torch.cat([losses for losses, _ in seen])
+        losses = torch.cat([losses for _, losses, _ in seen])
         divergences = torch.cat([*samples, losses.new_zeros(1)])
         # With fp16 an overflowing gradient is no accident: the loss scaler skips the step and scales down.
         gradient = torch.zeros(()) if args.fp16 else _gradient_norm(model, losses.device)
@@ -60,14 +67,17 @@ class FiniteGuard(TrainerCallback):
         if of_rows.all() and not of_samples.all():
             raise NotFiniteError(
                 f"{step}: the KL to the reference on the policy's own samples is not finite. The step was not taken. "
-                "Look at the run's samples.jsonl; a lower training.learning_rate or method.kl_coef often helps."
+                "Look at the run's samples.jsonl; a lower training.learning_rate or kl_coef often helps."
             )
         also = " and at the samples in samples.jsonl" if samples else ""
-        indices = torch.cat([index for _, index in seen])
-        what, blamed = ("gradient", indices) if of_rows.all() else ("loss", indices[~of_rows])
+        indices = torch.cat([index for _, _, index in seen])
+        names = dict.fromkeys(name for name, each, _ in seen if of_rows.all() or not each.isfinite().all())
+        failed, blamed = (["gradient"], indices) if of_rows.all() else (list(names), indices[~of_rows])
+        rows = ", ".join(self._row_ids(list(dict.fromkeys(blamed.tolist()))))
+        lower = join_names(setting for name in names for setting in LOWER[name])
         raise NotFiniteError(
-            f"{step}: the {what} is not finite. Rows: {', '.join(self._row_ids(blamed.tolist()))}. The step was not "
-            f"taken. Look at these rows{also}; a lower training.learning_rate or training.max_grad_norm often helps."
+            f"{step}: the {' and the '.join(failed)} {'is' if len(failed) == 1 else 'are'} not finite. Rows: {rows}. "
+            f"The step was not taken. Look at these rows{also}; a lower {lower} often helps."
         )
 
 

@@ -42,9 +42,10 @@ def find_objective(method: Method, folder: Path) -> Objective:
     Raises:
         UserError: it cannot be trained on.
     """
-    if isinstance(method, SelfSupervisedSettings):
-        return _self_supervised(method, folder)
-    return _soft(method) if isinstance(method, SoftSettings) else _gpo(method, folder)
+    settings = method.alignment
+    place = "method" if settings is method else "method.align"
+    align = _soft(settings, place) if isinstance(settings, SoftSettings) else _gpo(settings, place, folder)
+    return _self_supervised(method, align) if isinstance(method, SelfSupervisedSettings) else align
 
 
 def precomputes(recipe: Recipe, objective: Objective) -> bool:
@@ -52,9 +53,9 @@ def precomputes(recipe: Recipe, objective: Objective) -> bool:
     return objective.reference == "data" and training_field(recipe.training, "precompute_ref_log_probs")
 
 
-def _gpo(settings: GPOSettings, folder: Path) -> Objective:
-    function = find_function(settings.loss, folder)
-    probe = require_usable(settings.loss, function)
+def _gpo(settings: GPOSettings, place: str, folder: Path) -> Objective:
+    function = find_function(settings.loss, folder, f"{place}.loss")
+    probe = require_usable(settings.loss, function, f"{place}.loss")
     figures = asdict(probe)
     del figures["problems"]  # there are none, or it would not be usable
     return Objective(
@@ -66,7 +67,7 @@ def _gpo(settings: GPOSettings, folder: Path) -> Objective:
     )
 
 
-def _soft(settings: SoftSettings) -> Objective:
+def _soft(settings: SoftSettings, place: str) -> Objective:
     regularizer = settings.regularizer
     parts = [f"soft: alpha = {settings.alpha:g}"]
     if settings.length_normalize:
@@ -81,13 +82,12 @@ def _soft(settings: SoftSettings) -> Objective:
             f"{regularizer.sample_every} steps ({regularizer.estimator} estimator)"
         )
     else:
-        parts.append("kl_coef is 0, so there is no KL to the reference, and method.regularizer is not used")
+        parts.append(f"kl_coef is 0, so there is no KL to the reference, and {place}.regularizer is not used")
     use: ReferenceUse = "samples" if settings.samples else "none"
     return Objective("; ".join(parts), {}, use, SoftTrainer, {"settings": settings})
 
 
-def _self_supervised(settings: SelfSupervisedSettings, folder: Path) -> Objective:
-    align = find_objective(settings.align, folder)
+def _self_supervised(settings: SelfSupervisedSettings, align: Objective) -> Objective:
     if not settings.learns_degrees:
         return replace(align, description=f"{align.description}; ssl_coef is 0, so there is no degree loss")
     sides = "chosen and rejected" if settings.apply_to == "both" else settings.apply_to

@@ -24,6 +24,7 @@ from prefopt_cli.recipe.schema import (
 )
 from prefopt_cli.recipe.training_fields import OWN_FIELDS
 from prefopt_cli.scoring.choice import wants_router_loss
+from prefopt_cli.training.degree_checks import require_metric
 from prefopt_cli.training.extent import largest_id, longest_row, row_lengths
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.sampling_prompts import SamplingPrompts, sampling_prompts
@@ -54,6 +55,7 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     Raises:
         UserError: the model, the tokenizer or the data cannot be used as they are.
     """
+    degrade = degrading(recipe)  # first of all: a list of stop words that is not there is told at once
     source = find_policy(recipe.model, reporter.progress)
     if not source.is_local:  # without a connection the hub's client takes its time to give up
         reporter.message(f"Looking for {source.weights} in the hub's cache and on the hub.")
@@ -68,10 +70,11 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
         recipe.dataset,
         progress=reporter.progress,
         lists=list_handling(recipe),
-        degrading=degrading(recipe),
+        degrading=degrade,
         report=reporter.message,
     )
     reporter.receipt(tokens.receipt.to_dict())
+    require_metric(recipe, tokens.receipt)
     if not len(tokens.train):
         raise UserError("dataset.train: no row is left to train on; the receipt says where they went.")
     require_fit(config, tokens)
@@ -143,8 +146,9 @@ def require_pairs_for_weights(recipe: Recipe, train: Dataset) -> None:
     method = recipe.method.alignment
     weighted = isinstance(method, SoftSettings) and method.mu != "none"
     if weighted and (widest := row_lengths(train).shape[1] - 1) > 2:
+        place = "method" if method is recipe.method else "method.align"
         raise UserError(
-            f"method.mu: weights are defined for pairs, and the data has lists of up to {widest} responses. Set "
+            f"{place}.mu: weights are defined for pairs, and the data has lists of up to {widest} responses. Set "
             "dataset.lists: all_pairs (or adjacent_pairs), or mu: none."
         )
 

@@ -72,8 +72,10 @@ def require_same_start(run: RunFolder, manifest: dict[str, Any]) -> None:
             f"The policy {manifest['lineage']['policy']} has changed since {where} from it, and with it the "
             f"reference. {remedy}"
         )
-    if manifest["method"].get("f") != before["method"].get("f"):
-        raise UserError(f"The function {manifest['method']['loss']} has changed since {where}. {remedy}")
+    method = manifest["method"]
+    if method.get("f") != before["method"].get("f"):
+        loss = method.get("align", method)["loss"]
+        raise UserError(f"The function {loss} has changed since {where}. {remedy}")
     if manifest["processes"] != before["processes"]:
         raise UserError(
             f"{manifest['processes']} process(es) cannot go on with what {before['processes']} began: the batches and "

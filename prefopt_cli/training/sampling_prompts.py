@@ -41,14 +41,14 @@ def sampling_prompts(
         UserError: none is left.
     """
     prompts = tokens.prompts if tokens.prompts is not None else _different(tokens.train)
-    of_what = "of dataset.train" if tokens.prompts is None else "of method.regularizer.prompts"
+    of_what = "of dataset.train" if tokens.prompts is None else "of regularizer.prompts"
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     new_tokens = settings.max_new_tokens or min(USUAL_LENGTH, (context or 2 * USUAL_LENGTH) // 2)
     lengths = prompt_lengths(prompts)
     room = np.full(len(prompts), True) if context is None else lengths + new_tokens <= context
     if not room.any():
         raise UserError(
-            f"method.regularizer.max_new_tokens: with {new_tokens} of them no prompt {of_what} fits the "
+            f"regularizer.max_new_tokens: with {new_tokens} of them no prompt {of_what} fits the "
             f"model's context of {context} tokens (the shortest has {lengths.min()}). Set it lower."
         )
     kept = prompts if room.all() else prompts.select(np.flatnonzero(room))

@@ -86,15 +86,12 @@ class SelfSupervisedTrainer(PreferenceTrainer):
             self.data_collator = training
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """With the head as a group of its own, at its own learning rate; the schedule is that of all."""
+        """With the head in groups of its own, at its own learning rate; the schedule is that of all."""
         optimizer = super().create_optimizer(model)
-        optimizer.add_param_group(
-            {
-                "params": list(self.degree_head.parameters()),
-                "lr": self.degrees.head_learning_rate or HEAD_STEP / self.degree_head.in_features,
-                "weight_decay": self.args.weight_decay,
-            }
-        )
+        rate = self.degrees.head_learning_rate or HEAD_STEP / self.degree_head.in_features
+        for name, parameter in self.degree_head.named_parameters():
+            decay = self.args.weight_decay if name == "weight" else 0.0
+            optimizer.add_param_group({"params": [parameter], "lr": rate, "weight_decay": decay})
         return optimizer
 
     def score_policy(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> ResponseScores:
@@ -117,7 +114,7 @@ class SelfSupervisedTrainer(PreferenceTrainer):
             raise RuntimeError(f"{type(self).__name__} did not score the policy.")
         losses = self._degree_losses(states, inputs)
         if self.model.training:
-            self.guard.watch(losses, inputs["row_index"])
+            self.guard.watch(losses, inputs["row_index"], what="degree loss")
             loss = loss + self.degrees.ssl_coef * losses.mean()
         return (loss, {}) if return_outputs else loss
 

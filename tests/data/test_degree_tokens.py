@@ -204,24 +204,44 @@ def test_lists(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("apply_to", "levels"),
+    ("apply_to", "levels", "responses", "counts"),
     [
-        ("both", [[[1, 2], [3]], [[3], []], [[], [3]]]),
-        ("chosen", [[[1, 2], []], [[3], []], [[], []]]),
-        ("rejected", [[[], [3]], [[], []], [[], [3]]]),
+        ("both", [[[1, 2], [3]], [[3], []], [[], [3]]], 6, [4, 1, 1, 3]),
+        ("chosen", [[[1, 2], []], [[3], []], [[], []]], 3, [2, 1, 1, 1]),
+        ("rejected", [[[], [3]], [[], []], [[], [3]]], 3, [2, 0, 0, 2]),
     ],
 )
-def test_pairs_made_of_lists(apply_to: Any, levels: Any, tmp_path: Path) -> None:
-    """A response in the middle of its list is chosen in one pair and rejected in another."""
+def test_pairs_made_of_lists(
+    apply_to: Any, levels: Any, responses: int, counts: list[int], tmp_path: Path
+) -> None:
+    """A response in the middle of its list is chosen in one pair and rejected in another; the list is noted once."""
     tokens = tokenize(tmp_path, [LIST], degrading=Degrading(STOP, 4, apply_to), lists="adjacent_pairs")
     assert tokens.train["degraded_levels"][:] == levels
-    wanted = [versions for row in levels for versions in (row if apply_to == "both" else ())]
-    if apply_to == "both":
-        assert record(tokens).degrees == {
-            "responses": 6,
-            "taking_part": sum(map(bool, wanted)),
-            "levels": {"0": 4, "1": 1, "2": 1, "3": 3},
-        }
+    assert record(tokens).degrees == {
+        "responses": responses,
+        "taking_part": counts[0],
+        "levels": {str(level): count for level, count in enumerate(counts)},
+    }
+    assert record(tokens).sources[0].changed == {receipt.NO_DEGREES: 1}
+
+
+@pytest.mark.parametrize(
+    ("apply_to", "lists", "noted"),
+    [
+        ("chosen", "whole", 0),
+        ("chosen", "all_pairs", 1),  # it is chosen over the last
+        ("rejected", "whole", 1),
+        ("rejected", "all_pairs", 1),
+    ],
+)
+def test_the_note_is_about_the_responses_as_they_are_compared(
+    apply_to: Any, lists: Any, noted: int, tmp_path: Path
+) -> None:
+    """Of the list's responses only the third has no degrees; of the other list only the last, which is never chosen."""
+    worst = {**LIST, "responses": [ONE_PHRASE, TOYS, NOTHING], "scores": [2, 3, 1]}
+    tokens = tokenize(tmp_path, [LIST, worst], degrading=Degrading(STOP, 4, apply_to), lists=lists)
+    also = 1 if apply_to == "rejected" else 0
+    assert record(tokens).sources[0].changed.get(receipt.NO_DEGREES, 0) == noted + also
 
 
 def test_responses_that_a_list_loses_take_their_degrees_along(tmp_path: Path) -> None:

@@ -101,6 +101,27 @@ def test_text_from_right_to_left() -> None:
     assert degrade("הכלב הגדול של, דנה", {"של"}, 2) == [(1, "של, דנה")]
 
 
+@pytest.mark.parametrize(
+    ("response", "left"),
+    [
+        ("Col·laboració de, dona", "de, dona"),
+        ('הצבא צה"ל של, ארה״ב', "של, ארה״ב"),
+        ("Co\u00adopera\u00adtion works of, co\u00adopted", "of, co\u00adopted"),
+        ("ሰላም፡ዓለም፡ነው፡አበባ።", "ነው፡አበባ።"),
+    ],
+)
+def test_words_with_marks_inside_go_or_stay_whole(response: str, left: str) -> None:
+    assert degrade(response, {"de", "של", "of", "ነው"}, 2) == [(1, left)]
+
+
+def test_a_phrase_goes_however_it_is_written() -> None:
+    """Cooperation, with soft hyphens or without, is one phrase of score 1, before the toy's 1."""
+    assert degrade("Coope\u00adration of a café, the cooperation of a cafe\u0301; it is a toy", STOP, 3) == [
+        (1, "of a café, the of a cafe\u0301; it is a toy"),
+        (2, "of a, the of a; it is a toy"),
+    ]
+
+
 def test_a_very_long_response() -> None:
     found = degrade("The red ball is in a box of toys. " * 10_000, STOP, 4)
     assert found[-1] == (2, "The is in a of toys. " * 10_000)  # of three phrases, level 3 removes two as well

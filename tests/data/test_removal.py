@@ -30,6 +30,8 @@ SEAMS = {
         ("a\t⟦b⟧\tc", "a\tc"),
         ("⟦a⟧ of ⟦b⟧ of ⟦c⟧", "of of"),
         ("a ⟦b⟧\u00a0⟦c⟧ d", "a d"),
+        ("ሰላም፡⟦ዓለም⟧፡ነው", "ሰላም፡ነው"),
+        ("⟦ሰላም⟧፡ዓለም፡⟦ነው⟧", "ዓለም"),
         (" ⟦Hello⟧, all\n ", " all\n "),
     ],
     "weaker punctuation": [
@@ -55,6 +57,7 @@ SEAMS = {
         ("我们 ⟦喜欢⟧，苹果。", "我们，苹果。"),
         ("तुम ⟦दुनिया⟧। और", "तुम। और"),
         ("this ⟦one⟧ :) yes", "this :) yes"),
+        ("ሰላም፣ ⟦ዓለም⟧። ነው", "ሰላም። ነው"),
     ],
     "brackets, quotes, emphasis": [
         ("the (⟦red⟧) pie", "the pie"),
@@ -93,7 +96,9 @@ SEAMS = {
         ("| ⟦a⟧ | b |\n|---|---|", "| | b |\n|---|---|"),
         ("  ⟦one⟧ \n ", "   \n "),
     ],
-    "not glued": [("a_⟦b⟧_c", "a_c"), ("a⟦ ⟧c", "a c"), ("1⟦ of⟧,000", "1, 000"), ("a'⟦ b ⟧c", "a' c")],
+    "not glued": [
+        ("a_⟦b⟧_c", "a_c"), ("a⟦ ⟧c", "a c"), ("1⟦ of⟧,000", "1, 000"), ("a'⟦ b ⟧c", "a' c"), ('א"⟦ב ⟧ג', 'א" ג'),
+    ],
 }  # fmt: skip
 
 
@@ -113,6 +118,7 @@ def test_what_was_not_cut_stays_as_it_was() -> None:
 
 WORDS = [
     "the", "of", "and", "pears", "Äpfel", "can’t", "well-known", "3.5", "2024", "हिन्दी", "我们", "می\u200cخواهم",
+    "col·laboració", 'צה"ל', "ארה״ב", "co\u00adopera\u00adtion", "ሰላም",
 ]  # fmt: skip
 PROSE = [*WORDS, "(pears)", '"the pears"', "(of pears, and figs)", "*pears*,", "(and “figs”)."]
 PLAIN = [" ", " ", " ", ", ", ". ", "; ", "! "]
@@ -120,6 +126,7 @@ BETWEEN = [
     *PLAIN, " (", ") ", ' "', '" ', "  ", ".  ", "?", ": ", " - ", "—", "-", "/", "_", "'", "’ ", " **", "** ",
     "`", "``", "\n", "\n\n", "\n- ", "\n1. ", "\r\n", "\n    ", "\t", "\u00a0", ",", ".", "$", "%", " 🎉 ", "…", "¿",
     "(", ")", '"', "*", "|", "&", "<", "> ",
+    "፡", "።", "·", "״",
 ]  # fmt: skip
 
 

@@ -1,22 +1,22 @@
 """Stop words by language, from files, as lists; and what is said where there are none."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from prefopt_cli.data.keyphrases import rake
-from prefopt_cli.data.stopwords import find_stopwords, languages
+from prefopt_cli.data.keyphrases import candidates, normal_form, rake
+from prefopt_cli.data.stopwords import find_stopwords
 from prefopt_cli.errors import UserError
+from prefopt_cli.recipe.stopwords import languages
 
 
-def test_languages() -> None:
-    known = languages()
-    assert {"en", "de", "hi", "zh"} <= set(known)
-    assert known == sorted(known)
-    for code in known:
+def test_every_language_has_words() -> None:
+    for code in languages():
         words = find_stopwords(code)
-        assert all(word == word.lower().strip() != "" for word in words)
+        assert words
+        assert all(word == normal_form(word.strip()) != "" for word in words)
 
 
 def test_a_language_in_capitals() -> None:
@@ -26,6 +26,15 @@ def test_a_language_in_capitals() -> None:
 
 def test_a_list() -> None:
     assert find_stopwords(["The", "DON’T", " of "]) == {"the", "don't", "of"}
+    assert find_stopwords(["U\u0308ber", "İçin", "donʼt"]) == {"über", "için", "don't"}
+
+
+def test_entries_that_are_not_one_word_are_never_met() -> None:
+    """Beside one that is, they stay: lists of others hold some."""
+    stopwords = find_stopwords(["per que", "i.e.", "the"])
+    assert stopwords == {"per que", "i.e.", "the"}
+    found = [one.phrase for one in candidates("cat per que dog the i.e. pig", stopwords)]
+    assert found == ["cat per que dog", "i", "e", "pig"]
 
 
 def test_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,30 +49,73 @@ def test_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rake("The cat is über", find_stopwords("words")) == [("cat is", 4.0)]
 
 
+def test_a_language_means_the_same_in_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    english = find_stopwords("en")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "en").write_text("word\n")
+    (tmp_path / "de").mkdir()
+    assert find_stopwords("en") == english
+    assert "und" in find_stopwords("de")
+    assert find_stopwords("./en") == {"word"}
+
+
+def test_a_file_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "words").write_text("the\n")
+    assert find_stopwords("~/words") == {"the"}
+
+
 @pytest.mark.parametrize(
     ("setting", "says"),
     [
-        ("eng", ["'eng'", "en", f"{len(languages())} languages", "file", "list"]),
-        ("xq", ["'xq'", "languages"]),
-        ("", ["''", "languages"]),
-        ("none.txt", ["no file none.txt"]),
-        ("lists/none", ["no file"]),
-        ("folder/", ["folder", "text file"]),
-        ("latin1.txt", ["latin1.txt is not UTF-8"]),
-        ("comments.txt", ["comments.txt has no word"]),
-        ("bad\0.txt", ["cannot be read"]),
-        ([], ["no word"]),
-        ([" ", ""], ["no word"]),
+        (
+            "eng",
+            "expected one of 58 language codes (en, de, fr, ...), a file or a list of words, found 'eng'; did you",
+        ),
+        ("", "found ''."),
+        ("none.txt", "there is no file 'none.txt'; name a text file with one word per line."),
+        ("lists/none", "there is no file 'lists/none'"),
+        ("~nosuchuser/x", "there is no file '~nosuchuser/x'"),
+        ("folder/", "'folder' is a folder; name a text file with one word per line."),
+        ("folder", "'folder' is a folder; name a text file with one word per line."),
+        ("words/x", "'words/x' cannot be read: Not a directory."),
+        ("x" * 300 + "/y", "x ...' cannot be read: File name too long."),
+        ("x" * 300, "found 'xxx"),
+        ("loop/x", "'loop/x' cannot be read: Too many levels of symbolic links."),
+        ("bad\0.txt", "'bad\\x00.txt' cannot be read: embedded null byte."),
+        ("latin1.txt", "latin1.txt is not UTF-8 (byte 1)"),
+        ("comments.txt", "comments.txt has no line that is a single word; write one word per line."),
+        ("one-line.txt", "one-line.txt has no line that is a single word; write one word per line."),
+        ([], "the list has no entry that is a single word; write one word per entry."),
+        ([" ", ""], "the list has no entry that is a single word"),
+        (["the of and", "a,an", "i.e."], "the list has no entry that is a single word"),
     ],
 )
 def test_what_cannot_be_used(
-    setting: str | Sequence[str], says: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: str | Sequence[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "words").write_text("the\n")
     (tmp_path / "latin1.txt").write_bytes("für".encode("latin-1"))
     (tmp_path / "comments.txt").write_text("# the\n\n")
+    (tmp_path / "one-line.txt").write_text("the, of, and\n")
     with pytest.raises(UserError) as raised:
         find_stopwords(setting)
-    for part in ["method.stopwords: ", *says]:
-        assert part in str(raised.value)
+    assert str(raised.value).startswith("method.stopwords: ")
+    assert says in str(raised.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("closed", ["folder", "folder/words"])
+def test_what_may_not_be_read(closed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "words").write_text("the\n")
+    (tmp_path / closed).chmod(0)
+    try:
+        with pytest.raises(UserError, match=r"folder/words'? cannot be read: Permission denied"):
+            find_stopwords("folder/words")
+    finally:
+        (tmp_path / closed).chmod(0o700)

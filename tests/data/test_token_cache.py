@@ -15,7 +15,7 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from prefopt_cli import data
-from prefopt_cli.data import special_tokens, token_cache, token_file, token_key
+from prefopt_cli.data import receipt, special_tokens, token_cache, token_file, token_key
 from prefopt_cli.data.degrading import Degrading
 from prefopt_cli.data.encoding import Dropped, EncodedSet, Encoding, Fitting, encode_set
 from prefopt_cli.data.examples import Comparison
@@ -129,6 +129,29 @@ def test_the_same_with_the_cache_and_without(
     assert steps == []
 
 
+def test_one_file_serves_both_sides_and_either(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The receipt's notes too: of these lists only " No" has no degrees, which is never the best."""
+    wanted = settings(jsonl(tmp_path / "p.jsonl", LISTED))
+
+    def tokenized(apply_to: Any) -> data.TokenizedData:
+        degrading = replace(DEGRADING, stopwords=DEGRADING.stopwords | {"no"}, apply_to=apply_to)
+        return data.tokenize(data.load(wanted), tokenizer(), wanted, lists="all_pairs", degrading=degrading)
+
+    monkeypatch.setattr(token_cache, "FEWEST", 10_000)
+    sides = ("both", "chosen", "rejected")
+    without = {side: written(tokenized(side)) for side in sides}
+    assert not folder.exists()
+    monkeypatch.setattr(token_cache, "FEWEST", 1)
+    for side in sides:
+        tokens = tokenized(side)
+        assert written(tokens) == without[side]
+        changes = tokens.receipt.sets["train"].sources[0].changed
+        assert changes == ({} if side == "chosen" else {receipt.NO_DEGREES: 8})
+    the_file(folder)
+
+
 def test_a_set_comes_back_bit_by_bit(tmp_path: Path) -> None:
     ids = np.array([5, 70_000, 2**31 - 1], dtype=np.int32)
     none = np.array([], dtype=np.int32)
@@ -211,7 +234,6 @@ CHANGES: dict[str, Callable[[], str]] = {
     "on_overflow": lambda: key(on_overflow="error"),
     "degrading": lambda: key(degrading=DEGRADING),
     "levels": lambda: key(degrading=replace(DEGRADING, levels=5)),
-    "apply_to": lambda: key(degrading=replace(DEGRADING, apply_to="chosen")),
     "stop words": lambda: key(degrading=replace(DEGRADING, stopwords=frozenset({"is", "the"}))),
     "prefix": lambda: key(special=replace(SPECIAL, prefix=(1, 1))),
     "eos": lambda: key(special=replace(SPECIAL, eos_id=9)),
@@ -256,12 +278,13 @@ def test_code_decides_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_makes_no_difference() -> None:
-    """Where rows come from, how often they are to be repeated, and the order of a set of words."""
+    """Where rows come from, how often they are to be repeated, the order of a set of words, and who takes part."""
     assert key([ROWS[0], comparison(1, source="q.jsonl")]) == key()
     assert key(tok=changed(model_max_length=7, padding_side="left", name_or_path="elsewhere")) == key()
     words = [f"word{number}" for number in range(50)]
     first, second = (Degrading(frozenset(each), 4) for each in (words, words[::-1]))
     assert key(degrading=first) == key(degrading=second)
+    assert key(degrading=replace(DEGRADING, apply_to="chosen")) == key(degrading=DEGRADING)
 
 
 def print_key() -> None:

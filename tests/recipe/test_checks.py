@@ -159,6 +159,29 @@ def test_the_best_model_must_have_been_saved(load, refusal, sound, every, save, 
         assert "whole multiple" in refusal(sound, *overrides)
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "galore_adamw_layerwise",
+        "galore_adamw_8bit_layerwise",
+        "galore_adafactor_layerwise",
+        "apollo_adamw_layerwise",
+        "lomo",
+        "adalomo",
+    ],
+)
+def test_optimizers_that_would_never_train_the_classifier(refusal, load, sound, beside_gpo, optimizer):
+    """They step through the model's weights in the backward pass; without a degree loss there is no classifier."""
+    chosen = f"training.optim={optimizer}"
+    message = refusal(beside_gpo, chosen)
+    assert message.splitlines()[0].endswith(": 1 mistake"), message
+    assert f"  training.optim: {optimizer} steps during the backward pass and never trains" in message
+    load(beside_gpo, chosen, "method.ssl_coef=0")
+    load(sound, chosen)
+    for other in ("adamw_torch", "sgd", "galore_adamw"):
+        load(beside_gpo, f"training.optim={other}")
+
+
 def test_a_mistaken_section_causes_no_follow_up_mistakes(refusal, sound):
     message = refusal(
         sound.replace("helpful: {source: held.jsonl}", "helpful: {sorce: x}"), "training.eval_strategy=steps"

@@ -2,8 +2,11 @@
 
 import pytest
 
+from prefopt_cli.data.stopwords import find_stopwords
+from prefopt_cli.errors import UserError
 from prefopt_cli.recipe import dump_recipe
 from prefopt_cli.recipe.schema import METHODS, TAKE_LISTS, GPOSettings, SoftSettings
+from prefopt_cli.recipe.stopwords import LANGUAGE_NAMES, languages, stopwords_problem
 
 BEST = ["training.load_best_model_at_end=true", "training.save_strategy=epoch"]
 EMPTY = "an empty stop list makes one key phrase of all words up to the next punctuation mark"
@@ -181,17 +184,66 @@ def test_beside_soft_no_data_are_scored_with_the_reference(load, refusal, beside
     load(beside_gpo, "training.precompute_ref_log_probs=true")
 
 
-@pytest.mark.parametrize("stopwords", ["de", "EN", "no", "words.txt", "lists/mine", "[the, of]", "zh"])
-def test_languages_files_and_lists_of_stop_words(load, beside_gpo, stopwords):
-    """Whether a file is there is found out where it is read; `no` is Norwegian."""
+@pytest.mark.parametrize(
+    "stopwords", ["de", "EN", "no", "words.txt", "lists/mine", "words", "[the, of]", "zh"]
+)
+def test_languages_files_and_lists_of_stop_words(load, beside_gpo, stopwords, tmp_path, monkeypatch):
+    """`no` is Norwegian. What a file holds is found out where it is read."""
+    (tmp_path / "lists").mkdir()
+    for name in ("words.txt", "lists/mine", "words"):
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
     method = load(beside_gpo, f"method.stopwords={stopwords}").method
     assert method.stopwords == (["the", "of"] if stopwords.startswith("[") else stopwords)
 
 
-def test_a_file_without_a_suffix_is_no_language(load, beside_gpo, tmp_path, monkeypatch):
-    (tmp_path / "words").write_text("the\n")
+@pytest.mark.parametrize("setting", ["words.txt", "~nosuchuser/x", "lists", "lists/", "x" * 300 + ".txt"])
+def test_a_file_that_is_not_there_is_told_when_it_is_read(load, beside_gpo, setting, tmp_path, monkeypatch):
+    """Not with the recipe: that of an earlier run is read again, perhaps in another folder."""
+    (tmp_path / "lists").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert load(beside_gpo, "method.stopwords=words").method.stopwords == "words"
+    assert load(beside_gpo, f"method.stopwords={setting}").method.stopwords == setting
+    with pytest.raises(UserError, match=r"^method\.stopwords: "):
+        find_stopwords(setting)
+
+
+def test_an_unknown_language_is_told_with_all_other_mistakes(refusal, beside_gpo):
+    """In the words of the function that looks for its stop words."""
+    told = refusal(beside_gpo.replace("levels: 3", "stopwords: norsk\n  levels: 1")).splitlines()
+    assert told[0] == "my.yaml: 2 mistakes"
+    with pytest.raises(UserError) as raised:
+        find_stopwords("norsk")
+    assert told[1] == f"  my.yaml:15  {raised.value}".removesuffix(".")
+
+
+def test_every_language_is_known_by_its_name():
+    assert set(LANGUAGE_NAMES.values()) == set(languages())
+    for name, code in LANGUAGE_NAMES.items():
+        for written in (name, name.title(), f"{name}s"):
+            assert stopwords_problem(written).endswith(f", found '{written}'; did you mean '{code}'?")
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("norweigan", "'no'"),
+        ("chineese", "'zh'"),
+        ("pt-BR", "'pt'"),
+        ("eng", "'en'"),
+        ("ger", "'de'"),
+        ("lat", "'la' or 'lv'"),
+        ("english_US", "'en'"),
+    ],
+)
+def test_languages_that_may_be_meant(written, meant):
+    assert stopwords_problem(written).endswith(f"; did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    "written", ["javanese", "guarani", "albanian", "nepali", "deutsch", "xq", "klingon", "english words"]
+)
+def test_other_languages_are_not_taken_for_their_neighbours(written):
+    assert stopwords_problem(written).endswith(f"found '{written}'")
 
 
 @pytest.mark.parametrize(

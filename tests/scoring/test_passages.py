@@ -156,6 +156,22 @@ def test_pooling_by_hand() -> None:
     assert pooled(hidden, passages, "mean").tolist() == [[3, 4], [6, 7]]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_mean_is_not_rounded_by_autocast(dtype: torch.dtype) -> None:
+    """In half precision a sum over 1000 tokens of 80 would overflow, or be off by tenths."""
+    hidden = 80 + torch.rand(1, 1000, 3)
+    with torch.autocast("cpu", dtype=dtype):
+        (found,) = pooled(hidden, torch.tensor([[0, 1000]]), "mean")
+    assert found.dtype == torch.float32
+    assert found == pytest.approx(hidden[0].double().mean(0), rel=1e-6)
+
+
+def test_what_lies_outside_of_responses_does_not_count() -> None:
+    hidden = torch.ones(1, 6, 2)
+    hidden[0, [0, 3, 5]] = torch.tensor([[torch.nan], [torch.inf], [torch.nan]])
+    assert pooled(hidden, torch.tensor([[1, 2], [4, 1]]), "mean").tolist() == [[1.0, 1.0], [1.0, 1.0]]
+
+
 def test_a_mean_in_bfloat16_is_summed_in_more() -> None:
     """Ones that are summed one by one in bfloat16 stop at 256."""
     hidden = torch.ones(1, 1000, 1, dtype=torch.bfloat16)

@@ -235,17 +235,28 @@ def test_another_starting_policy_is_noticed(run: Run) -> None:
         run("second", *start, resume=True)
 
 
-def test_own_function_is_found_again_and_must_be_the_same(run: Run, tmp_path: Path) -> None:
-    source = tmp_path / "own_resume.py"
+@pytest.mark.parametrize(
+    ("module", "method"),
+    [
+        ("own_resume", "method.loss=own_resume:f"),
+        (
+            "own_resume_beside",
+            "method={name: self_supervised, align: {name: gpo, loss: 'own_resume_beside:f'}}",
+        ),
+    ],
+)
+def test_own_function_is_found_again_and_must_be_the_same(
+    run: Run, tmp_path: Path, module: str, method: str
+) -> None:
+    source = tmp_path / f"{module}.py"
     source.write_text("def f(z):\n    return (1 - z).clamp(min=0) ** 3\n")
-    loss = "method.loss=own_resume:f"
-    stopped = run("run", loss, reporter=SignalAt(2)).run
+    stopped = run("run", method, reporter=SignalAt(2)).run
     # The run's own recipe lies elsewhere than the module.
     outcome = train(
         load_recipe(stopped.recipe), recipe_folder=stopped.path, reporter=SignalAt(4), resume=True
     )
     assert outcome.step == 4
     source.write_text("def f(z):\n    return (2 - z).clamp(min=0) ** 3\n")
-    sys.modules.pop("own_resume")
-    with pytest.raises(UserError, match="function own_resume:f has changed"):
-        run("run", loss, resume=True)
+    sys.modules.pop(module)
+    with pytest.raises(UserError, match=f"function {module}:f has changed"):
+        run("run", method, resume=True)

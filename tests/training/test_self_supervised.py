@@ -13,16 +13,19 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import set_seed
 
+from prefopt_cli.errors import UserError
 from prefopt_cli.models import loading
 from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs import metrics
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training.arguments import training_arguments
-from prefopt_cli.training.objectives import find_objective
+from prefopt_cli.training.degree_checks import require_metric
+from prefopt_cli.training.guard import FiniteGuard, NotFiniteError
+from prefopt_cli.training.objectives import Objective, find_objective
 from prefopt_cli.training.preparation import prepare
 from prefopt_cli.training.reporting import Silent
 from prefopt_cli.training.run import build_trainer
@@ -537,12 +540,15 @@ def test_its_learning_rate_follows_the_schedule(make_recipe: MakeRecipe) -> None
     schedule = ("training.learning_rate=1e-3", "training.warmup_steps=2", "training.lr_scheduler_type=cosine")
     trainer = make_trainer(make_recipe("run", beside(GPO, head_learning_rate=0.02), *schedule))
     trainer.create_optimizer_and_scheduler(num_training_steps=6)
-    *groups, own = trainer.optimizer.param_groups
-    assert {id(each) for each in own["params"]} == {id(each) for each in trainer.degree_head.parameters()}
+    head = {id(parameter) for parameter in trainer.degree_head.parameters()}
+    groups = trainer.optimizer.param_groups
+    own = [group for group in groups if head & {id(each) for each in group["params"]}]
+    assert {id(each) for group in own for each in group["params"]} == head
     rates = []
     for _ in range(6):
-        assert own["lr"] == pytest.approx(20 * groups[0]["lr"], rel=1e-9)
-        rates.append(own["lr"])
+        (rate,) = {group["lr"] for group in own}
+        assert rate == pytest.approx(20 * groups[0]["lr"], rel=1e-9)
+        rates.append(rate)
         trainer.optimizer.step()
         trainer.lr_scheduler.step()
     assert rates[:3] == pytest.approx([0, 0.01, 0.02])
@@ -642,6 +648,94 @@ def test_data_without_key_phrases(prefopt: Prefopt, tiny_world: Path, tmp_path: 
     assert "dataset.train: none of the 16 responses has key phrases" in message
     assert "method.stopwords" in message
     assert not (tmp_path / "run").exists()
+
+
+def test_a_best_model_by_a_figure_that_an_eval_set_does_not_have(
+    make_recipe: MakeRecipe, run: Run, tmp_path: Path
+) -> None:
+    """What is refused is what an evaluation does not report. One phrase goes at level 3 of 4: no levels 1 and 2."""
+    for name, response in (("few", " It is of the sea."), ("none", " It is of the.")):
+        rows = [
+            {"prompt": f"Human: {n}?\nAssistant:", "chosen": response, "rejected": f" It is.{' It is.' * n}"}
+            for n in range(4)
+        ]
+        write_pairs(tmp_path / f"{name}.jsonl", rows)
+    sets = [f"dataset.eval.{name}={tmp_path / name}.jsonl" for name in ("few", "none")]
+    outcome = run("run", beside(GPO), *sets, "training.eval_on_start=true", "training.max_steps=1")
+    reported = {key for record in metrics.read(outcome.run.metrics) for key in record}
+    tokens = prepare(make_recipe("plain", beside(GPO), *sets), Silent()).tokens
+    best = ("training.load_best_model_at_end=true", "training.save_strategy=epoch")
+    refused = []
+    for name in ("few", "none", "heldout"):
+        for figure in ("loss", "ssl/loss", "ssl/accuracy", *(f"ssl/accuracy_level_{k}" for k in range(4))):
+            chosen = f"training.metric_for_best_model=eval_{name}_{figure}"
+            recipe = make_recipe("best", beside(GPO), *sets, *best, chosen)
+            try:
+                require_metric(recipe, tokens.receipt)
+                assert f"eval_{name}_{figure}" in reported
+            except UserError as error:
+                assert f"eval_{name}_{figure}" not in reported
+                refused.append(str(error))
+    assert len(refused) == 2 + 6
+    assert refused[0] == (
+        "training.metric_for_best_model: there is no few_ssl/accuracy_level_1, as no response of few has that level, "
+        "only 0, 3. Choose one of these, or few_ssl/accuracy."
+    )
+    assert "none of the 8 responses of none has degrees" in refused[2]
+
+
+def watched(*batches: tuple[list[float], list[int], str]) -> str:
+    """What the guard says before the step, of losses of rows and which losses they are."""
+    guard = FiniteGuard(lambda indices: [f"row{index}" for index in indices])
+    for losses, indices, what in batches:
+        guard.watch(torch.tensor(losses), torch.tensor(indices), what=what)
+    with pytest.raises(NotFiniteError) as caught:
+        guard.on_pre_optimizer_step(
+            TrainingArguments(use_cpu=True), TrainerState(), TrainerControl(), nn.Linear(1, 1)
+        )
+    return str(caught.value)
+
+
+def test_the_guard_names_the_loss_and_each_row_once() -> None:
+    inf, nan = math.inf, math.nan
+    fine = ([1.0, 2.0], [7, 8], "loss")
+    assert watched(fine, ([nan, 1.0], [7, 8], "degree loss")) == (
+        "step 1: the degree loss is not finite. Rows: row7. The step was not taken. Look at these rows; a lower "
+        "method.head_learning_rate or method.ssl_coef often helps."
+    )
+    both = watched(([inf, 2.0], [7, 8], "loss"), ([nan, nan], [7, 8], "degree loss"))
+    assert "the loss and the degree loss are not finite. Rows: row7, row8. The" in both
+    assert (
+        "a lower training.learning_rate, training.max_grad_norm, method.head_learning_rate or method" in both
+    )
+    alone = watched(fine, ([inf, 2.0], [3, 4], "loss"), ([1.0, 1.0], [3, 4], "degree loss"))
+    assert "the loss is not finite. Rows: row3. The" in alone
+    assert "a lower training.learning_rate or training.max_grad_norm often" in alone
+
+
+def test_a_head_that_runs_away_is_named(run: Run) -> None:
+    """Its first step goes beyond what float32 holds; the alignment loss is still fine."""
+    with pytest.raises(NotFiniteError, match="step 2: the degree loss is not finite") as caught:
+        run("run", beside(GPO, head_learning_rate=3e38), "training.learning_rate=1e-6")
+    assert str(caught.value).count("pairs.jsonl:") == 4
+    assert "method.head_learning_rate" in str(caught.value)
+
+
+def test_messages_name_the_key_where_the_alignment_loss_stands(
+    make_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    def objective(method: str) -> Objective:
+        return find_objective(make_recipe("run", method).method, tmp_path)
+
+    (tmp_path / "own_rising.py").write_text("def f(z):\n    return z\n\nnumber = 3\n")
+    for loss in ("nowhere:f", "own_rising:g", "own_rising:number", "own_rising:f"):
+        own = f"{{name: gpo, loss: '{loss}'}}"
+        for method, key in ((f"method={own}", "method.loss: "), (beside(own), "method.align.loss: ")):
+            with pytest.raises(UserError) as caught:
+                objective(method)
+            assert str(caught.value).startswith(key)
+    assert "and method.regularizer is not used" in objective(f"method={SOFT}").description
+    assert "and method.align.regularizer is not used" in objective(beside(SOFT)).description
 
 
 def balanced_experts(folder: Path, world: Path) -> Path:

@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 from prefopt_cli.data.degrees import degrade, removed_counts
+from prefopt_cli.data.stopwords import find_stopwords
+from tests.conftest import REPOSITORY
 
 STOP = frozenset({"the", "a", "of", "and", "is", "in", "it"})
 
@@ -126,3 +128,10 @@ def test_a_very_long_response() -> None:
     found = degrade("The red ball is in a box of toys. " * 10_000, STOP, 4)
     assert found[-1] == (2, "The is in a of toys. " * 10_000)  # of three phrases, level 3 removes two as well
     assert degrade("x" * 1_000_000, STOP, 4) == []
+
+
+def test_the_example_of_the_documentation() -> None:
+    page = (REPOSITORY / "docs" / "self-supervised.md").read_text(encoding="utf-8")
+    original, *shown = [line.removeprefix("> ") for line in page.splitlines() if line.startswith("> ")]
+    made = dict(degrade(original, find_stopwords("en"), 4))
+    assert shown == [f"level {level} of 4: {made[level]}" for level in (1, 3)]

@@ -238,6 +238,12 @@ class SelfSupervisedSettings(Section):
 Method = Alignment | SelfSupervisedSettings
 """Any method's settings: a union, told apart by `name`."""
 
+
+def place_of_alignment(method: Method) -> str:
+    """Where a recipe has the settings of the alignment loss, for messages."""
+    return "method" if method is method.alignment else "method.align"
+
+
 METHODS: dict[str, type[Method]] = {**ALIGNMENTS, "self_supervised": SelfSupervisedSettings}
 """Every method by its `name:`."""
 

@@ -24,6 +24,7 @@ from prefopt_cli.recipe.methods import (
     SelfSupervisedSettings,
     SoftSettings,
     Weighting,
+    place_of_alignment,
 )
 from prefopt_cli.recipe.section import Scalar, Section
 from prefopt_cli.recipe.training_settings import check_training
@@ -48,6 +49,7 @@ __all__ = [
     "SoftSettings",
     "Source",
     "Weighting",
+    "place_of_alignment",
 ]
 
 

@@ -4,7 +4,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from prefopt_cli.recipe.schema import GPOSettings, Method, Recipe, SelfSupervisedSettings, SoftSettings
+from prefopt_cli.recipe.schema import (
+    GPOSettings,
+    Method,
+    Recipe,
+    SelfSupervisedSettings,
+    SoftSettings,
+    place_of_alignment,
+)
 from prefopt_cli.training.functions import describe_probe, find_function, require_usable
 from prefopt_cli.training.gpo import GPOTrainer
 from prefopt_cli.training.preparation import training_field
@@ -43,7 +50,7 @@ def find_objective(method: Method, folder: Path) -> Objective:
         UserError: it cannot be trained on.
     """
     settings = method.alignment
-    place = "method" if settings is method else "method.align"
+    place = place_of_alignment(method)
     align = _soft(settings, place) if isinstance(settings, SoftSettings) else _gpo(settings, place, folder)
     return _self_supervised(method, align) if isinstance(method, SelfSupervisedSettings) else align
 

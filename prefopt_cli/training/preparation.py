@@ -21,6 +21,7 @@ from prefopt_cli.recipe.schema import (
     SelfSupervisedSettings,
     SoftSettings,
     Source,
+    place_of_alignment,
 )
 from prefopt_cli.recipe.training_fields import OWN_FIELDS
 from prefopt_cli.scoring.choice import wants_router_loss
@@ -82,7 +83,8 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     require_pairs_for_weights(recipe, tokens.train)
     prompts = None
     if (regularizer := sampling_settings(recipe)) is not None:
-        prompts = sampling_prompts(regularizer, config, tokens, reporter)
+        place = f"{place_of_alignment(recipe.method)}.regularizer"
+        prompts = sampling_prompts(regularizer, place, config, tokens, reporter)
     return Prepared(source, config, skeleton, tokenizer, tokens, prompts)
 
 
@@ -146,10 +148,9 @@ def require_pairs_for_weights(recipe: Recipe, train: Dataset) -> None:
     method = recipe.method.alignment
     weighted = isinstance(method, SoftSettings) and method.mu != "none"
     if weighted and (widest := row_lengths(train).shape[1] - 1) > 2:
-        place = "method" if method is recipe.method else "method.align"
         raise UserError(
-            f"{place}.mu: weights are defined for pairs, and the data has lists of up to {widest} responses. Set "
-            "dataset.lists: all_pairs (or adjacent_pairs), or mu: none."
+            f"{place_of_alignment(recipe.method)}.mu: weights are defined for pairs, and the data has lists of up to "
+            f"{widest} responses. Set dataset.lists: all_pairs (or adjacent_pairs), or mu: none."
         )
 
 

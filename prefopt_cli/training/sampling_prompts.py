@@ -31,24 +31,25 @@ class SamplingPrompts:
 
 
 def sampling_prompts(
-    settings: Regularizer, config: Any, tokens: TokenizedData, reporter: Reporter
+    settings: Regularizer, place: str, config: Any, tokens: TokenizedData, reporter: Reporter
 ) -> SamplingPrompts:
     """The regularizer's own prompts, or the different prompts of the training data.
 
     Prompts that leave no room for a sample in the model's context are left out; the reporter is told how many.
+    `place` is where the recipe has the settings, for messages.
 
     Raises:
         UserError: none is left.
     """
     prompts = tokens.prompts if tokens.prompts is not None else _different(tokens.train)
-    of_what = "of dataset.train" if tokens.prompts is None else "of regularizer.prompts"
+    of_what = "of dataset.train" if tokens.prompts is None else f"of {place}.prompts"
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     new_tokens = settings.max_new_tokens or min(USUAL_LENGTH, (context or 2 * USUAL_LENGTH) // 2)
     lengths = prompt_lengths(prompts)
     room = np.full(len(prompts), True) if context is None else lengths + new_tokens <= context
     if not room.any():
         raise UserError(
-            f"regularizer.max_new_tokens: with {new_tokens} of them no prompt {of_what} fits the "
+            f"{place}.max_new_tokens: with {new_tokens} of them no prompt {of_what} fits the "
             f"model's context of {context} tokens (the shortest has {lengths.min()}). Set it lower."
         )
     kept = prompts if room.all() else prompts.select(np.flatnonzero(room))

@@ -159,11 +159,11 @@ def test_pooling_by_hand() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_mean_is_not_rounded_by_autocast(dtype: torch.dtype) -> None:
     """In half precision a sum over 1000 tokens of 80 would overflow, or be off by tenths."""
-    hidden = 80 + torch.rand(1, 1000, 3)
+    hidden = 80 + torch.rand(1, 1000, 3, generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", dtype=dtype):
         (found,) = pooled(hidden, torch.tensor([[0, 1000]]), "mean")
     assert found.dtype == torch.float32
-    assert found == pytest.approx(hidden[0].double().mean(0), rel=1e-6)
+    assert found == pytest.approx(hidden[0].double().mean(0), rel=1e-5)
 
 
 def test_what_lies_outside_of_responses_does_not_count() -> None:

@@ -1,6 +1,8 @@
 """Policies trained in the sandbox by a recipe with other settings, and judged by the true reward."""
 
+import argparse
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
@@ -9,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_cli.recipe import load_recipe
-from prefopt_cli.runs import metrics
+from prefopt_cli.runs import environment, metrics
 from prefopt_cli.sandbox.bench import Bench
 from prefopt_cli.sandbox.plan import ScoreSettings, plan_score
 from prefopt_cli.sandbox.world import open_world
@@ -17,6 +19,7 @@ from prefopt_cli.training.reporting import Silent
 from prefopt_cli.training.run import train
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RESULTS = Path(__file__).resolve().parent / "results"
 
 BASE = "sandbox:base"
 
@@ -95,6 +98,47 @@ def run_all(jobs: Sequence[Row], work: Callable[[Row], Row], rows: Path, process
             metrics.append(rows, done[key(job)])
             print(json.dumps(done[key(job)]), flush=True)
     yield from (done[key(job)] for job in jobs)
+
+
+def benchmark(
+    name: str,
+    doc: str | None,
+    jobs: Callable[[int], Sequence[Row]],
+    work: Callable[[Row], Row],
+    report: Callable[[list[Row], dict[str, str]], str],
+) -> list[Row] | None:
+    """A command line: do all jobs, print the report, write it and the rows to `results/<name>.{md,json}`.
+
+    Args:
+        name: of the files.
+        doc: the help text.
+        jobs: number of seeds -> jobs.
+        work: as for `run_all`.
+        report: rows, versions -> Markdown.
+
+    Returns:
+        The rows; None where no files are to be written.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--processes", type=int, default=1, help="policies at a time")
+    parser.add_argument(
+        "--rows", type=Path, help="file of finished rows, to go on with an interrupted benchmark"
+    )
+    parser.add_argument("--print-only", action="store_true", help="write no files")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        kept = options.rows or Path(folder) / "rows.jsonl"
+        rows = list(run_all(jobs(options.seeds), work, kept, options.processes))
+    versions = environment.versions()
+    text = report(rows, versions)
+    print(text)
+    if options.print_only:
+        return None
+    (RESULTS / f"{name}.md").write_text(text)
+    record = json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
+    (RESULTS / f"{name}.json").write_text(record)
+    return rows
 
 
 def key(job: Row) -> str:

@@ -8,7 +8,6 @@ implicit reward; the classifier is judged on all levels of the held-out response
 recipes/self-supervised-sandbox.yaml, those without are recipes/gpo-sandbox.yaml with the alignment loss alone.
 """
 
-import argparse
 import json
 import os
 import tempfile
@@ -18,12 +17,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from benchmarks.sandbox_runs import Row, judge, last_evaluation, run_all, train_policy
+from benchmarks.sandbox_runs import Row, benchmark, judge, last_evaluation, train_policy
 from benchmarks.sandbox_self_supervised_report import report
-from prefopt_cli.runs import environment
 from prefopt_cli.sandbox.plan import ScoreSettings
 
-HERE = Path(__file__).resolve().parent
 SETTINGS = ScoreSettings(prompts=150, per_prompt=16, exact_prompts=0)
 FIGURES = ("kl", "well_formed", "reward/helpful")
 
@@ -76,27 +73,13 @@ def work(job: Row) -> Row:
 
 def main() -> None:
     """Run all, print the tables, write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    benchmark(
+        "sandbox-self-supervised",
+        __doc__,
+        jobs,
+        work,
+        lambda rows, versions: report(rows, versions, SETTINGS),
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=1, help="policies at a time")
-    parser.add_argument(
-        "--rows", type=Path, help="file of finished rows, to go on with an interrupted benchmark"
-    )
-    parser.add_argument("--print-only", action="store_true", help="write no files")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        kept = options.rows or Path(folder) / "rows.jsonl"
-        rows = list(run_all(jobs(options.seeds), work, kept, options.processes))
-    versions = environment.versions()
-    text = report(rows, versions, SETTINGS)
-    print(text)
-    if options.print_only:
-        return
-    (HERE / "results" / "sandbox-self-supervised.md").write_text(text)
-    record = json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
-    (HERE / "results" / "sandbox-self-supervised.json").write_text(record)
 
 
 if __name__ == "__main__":

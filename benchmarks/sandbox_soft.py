@@ -14,8 +14,6 @@ rate. For questions 2 and 3 each soft run is compared with DPO of the same seed 
 between the two neighbouring betas.
 """
 
-import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -29,17 +27,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.sandbox_runs import Row, judge, run_all, train_policy
+from benchmarks.sandbox_runs import Row, benchmark, judge, train_policy
 from benchmarks.sandbox_soft_report import draw, report
-from prefopt_cli.runs import environment
 from prefopt_cli.sandbox.measure import exact_logps
 from prefopt_cli.sandbox.plan import ScoreSettings
 from prefopt_cli.sandbox.rewards import reward_table
 from prefopt_cli.sandbox.targets import softmax_target, total_variation
 from prefopt_cli.sandbox.world import open_world
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
+ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = ScoreSettings(prompts=150, per_prompt=16, exact_prompts=0)
 ENUMERATED = 12
 """Held-out prompts on which the distance to the optimum is computed over all replies."""
@@ -112,27 +108,15 @@ def distance(folder: Path | None, alpha: float) -> float:
 
 def main() -> None:
     """Run all, print the tables, write the results."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    rows = benchmark(
+        "sandbox-soft",
+        __doc__,
+        jobs,
+        work,
+        lambda rows, versions: report(rows, versions, SETTINGS, ENUMERATED),
     )
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=1, help="policies at a time")
-    parser.add_argument(
-        "--rows", type=Path, help="file of finished rows, to go on with an interrupted benchmark"
-    )
-    parser.add_argument("--print-only", action="store_true", help="write no files")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        kept = options.rows or Path(folder) / "rows.jsonl"
-        rows = list(run_all(jobs(options.seeds), work, kept, options.processes))
-    versions = environment.versions()
-    text = report(rows, versions, SETTINGS, ENUMERATED)
-    print(text)
-    if options.print_only:
+    if rows is None:
         return
-    (HERE / "results" / "sandbox-soft.md").write_text(text)
-    record = json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n"
-    (HERE / "results" / "sandbox-soft.json").write_text(record)
     draw(
         rows,
         ROOT / "docs" / "soft-entropy-win-rate.svg",

@@ -47,6 +47,7 @@ def train(
     prepare_libraries()
     from prefopt_cli.cli.progress import reporter_for
     from prefopt_cli.training import run as training
+    from prefopt_cli.training.processes import leave_together
     from prefopt_cli.training.reporting import Reporter, Silent
 
     console = standard_error()
@@ -55,6 +56,7 @@ def train(
         outcome = training.train(
             loaded, recipe_folder=Path(recipe).parent, reporter=reporter, resume=resume, overwrite=overwrite
         )
+        leave_together()
     finally:
         reporter.close()
     if not main_process():

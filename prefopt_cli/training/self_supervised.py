@@ -56,7 +56,10 @@ class SelfSupervisedTrainer(PreferenceTrainer):
                 "A model whose experts are balanced by a loss runs in a way that shows no states."
             )
         size = plain_model(self.model).get_output_embeddings().weight.size(1)
-        self.degree_head = nn.Linear(size, degrees.levels, device=self.args.device, dtype=torch.float32)
+        # Not drawn and then overwritten: what is drawn here would be missing elsewhere, in dropout for one.
+        self.degree_head = nn.utils.skip_init(
+            nn.Linear, size, degrees.levels, device=self.args.device, dtype=torch.float32
+        )
         nn.init.zeros_(self.degree_head.weight)
         nn.init.zeros_(self.degree_head.bias)
         self.add_callback(EpochCount(self.data_collator))

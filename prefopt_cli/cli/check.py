@@ -11,6 +11,7 @@ from prefopt_cli.cli.common import (
     JsonOption,
     OverridesArgument,
     RecipeArgument,
+    RunsDirOption,
     prepare_libraries,
     standard_error,
     standard_output,
@@ -47,6 +48,7 @@ def check(
     device: Annotated[
         str, typer.Option("--device", help="Where the run will take place: auto, cpu or cuda.")
     ] = "auto",
+    runs_dir: RunsDirOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -59,6 +61,7 @@ def check(
     loaded = load_recipe(recipe, overrides or ())
     prepare_libraries()
     from prefopt_cli.cli.progress import reporter_for
+    from prefopt_cli.runs.finding import RunFinder
     from prefopt_cli.training.inspection import inspect
     from prefopt_cli.training.reporting import Silent
 
@@ -67,7 +70,12 @@ def check(
     where: Literal["cpu", "cuda"] | None = None if device == "auto" else "cuda" if device == "cuda" else "cpu"
     try:
         found = inspect(
-            loaded, recipe_folder=Path(recipe).parent, reporter=reporter, device=where, pairs=pairs
+            loaded,
+            recipe_folder=Path(recipe).parent,
+            reporter=reporter,
+            device=where,
+            pairs=pairs,
+            runs=RunFinder(runs_dir),
         )
     finally:
         reporter.close()

@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,6 +23,10 @@ OverridesArgument = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+RunsDirOption = Annotated[
+    Path | None,
+    typer.Option("--runs-dir", metavar="DIR", help="Where moved runs are looked for.", show_default=False),
+]
 WorldSeedOption = Annotated[
     int, typer.Option("--seed", min=0, max=LARGEST_SEED, help="Of the world: another seed, another world.")
 ]

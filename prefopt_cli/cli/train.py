@@ -10,6 +10,7 @@ from prefopt_cli.cli.common import (
     JsonOption,
     OverridesArgument,
     RecipeArgument,
+    RunsDirOption,
     main_process,
     prepare_libraries,
     standard_error,
@@ -31,6 +32,7 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the run in output_dir first.")
     ] = False,
+    runs_dir: RunsDirOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -46,6 +48,7 @@ def train(
     loaded = load_recipe(recipe, overrides or ())
     prepare_libraries()
     from prefopt_cli.cli.progress import reporter_for
+    from prefopt_cli.runs.finding import RunFinder
     from prefopt_cli.training import run as training
     from prefopt_cli.training.processes import leave_together
     from prefopt_cli.training.reporting import Reporter, Silent
@@ -54,7 +57,12 @@ def train(
     reporter: Reporter = reporter_for(console) if main_process() else Silent()
     try:
         outcome = training.train(
-            loaded, recipe_folder=Path(recipe).parent, reporter=reporter, resume=resume, overwrite=overwrite
+            loaded,
+            recipe_folder=Path(recipe).parent,
+            reporter=reporter,
+            resume=resume,
+            overwrite=overwrite,
+            runs=RunFinder(runs_dir),
         )
         leave_together()
     finally:

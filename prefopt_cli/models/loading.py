@@ -1,22 +1,14 @@
 """Configuration, tokenizer and weights of a policy, through transformers and peft."""
 
-import contextlib
 import re
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    RepositoryNotFoundError,
-    StrictDataclassError,
-)
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -27,7 +19,15 @@ from transformers import (
 )
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.models.policy import PolicySource, near_folder, require_same_adapter
+from prefopt_cli.models.adapters import (
+    EARLIER_ADAPTER,
+    TRAINED_ADAPTER,
+    require_stackable,
+    stack_adapter,
+)
+from prefopt_cli.models.loading_errors import loading_errors
+from prefopt_cli.models.policy import PolicySource, require_same_adapter
+from prefopt_cli.models.quantised import compute_in_bfloat16, is_quantised, keep_trainable
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
 
 CHECKPOINT_DTYPE = "auto"
@@ -40,7 +40,7 @@ def load_config(source: PolicySource, settings: ModelSettings) -> Any:
     Raises:
         UserError: it cannot be had, or is of an architecture that transformers does not know.
     """
-    with _loading_errors(source.place, local=source.is_local):
+    with loading_errors(source.place, local=source.is_local):
         return AutoConfig.from_pretrained(source.weights, **_hub_arguments(source, settings))
 
 
@@ -54,7 +54,7 @@ def load_tokenizer(source: PolicySource, settings: ModelSettings) -> PreTrainedT
         source.adapter if source.adapter and (source.adapter / "tokenizer_config.json").is_file() else None
     )
     local = folder is not None or source.is_local
-    with _loading_errors(str(folder or source.place), "the tokenizer of model", local=local):
+    with loading_errors(str(folder or source.place), "the tokenizer of model", local=local):
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder or source.weights), **_hub_arguments(source, settings)
         )
@@ -69,19 +69,25 @@ def load_tokenizer(source: PolicySource, settings: ModelSettings) -> PreTrainedT
 
 
 def load_model(
-    source: PolicySource, settings: ModelSettings, adapter: LoraAdapter | str
+    source: PolicySource, settings: ModelSettings, adapter: LoraAdapter | str, *, frozen: bool = False
 ) -> PreTrainedModel | PeftModel:
     """The policy with its weights, on the CPU.
 
     An adapter that belongs to the policy stays one when the recipe trains an adapter, and is merged into
     the weights when the recipe trains all of them. A new adapter is not added here (see `new_adapter`).
 
+    Args:
+        source: where the policy is.
+        settings: the recipe's.
+        adapter: the recipe's.
+        frozen: whether an adapter that belongs to the policy is not to be trained further; it may be any then.
+
     Raises:
         UserError: the weights cannot be had, or the adapter in place is not the one the recipe describes.
     """
-    if isinstance(adapter, LoraAdapter):
+    if isinstance(adapter, LoraAdapter) and not frozen:
         require_same_adapter(source, adapter)
-    with _loading_errors(source.place, local=source.is_local):
+    with loading_errors(source.place, local=source.is_local):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source.weights,
             output_loading_info=True,
@@ -97,10 +103,11 @@ def load_model(
     }
     _require_all_weights(f"model {source.place}", faulty)
     _mend_generation_settings(model, source)
+    keep_trainable(model)
     if source.adapter is None:
         return model
     trains_adapter = isinstance(adapter, LoraAdapter)
-    with_adapter = _load_adapter(model, source.adapter, is_trainable=trains_adapter)
+    with_adapter = _load_adapter(model, source.adapter, is_trainable=trains_adapter and not frozen)
     if trains_adapter:
         return with_adapter
     # peft froze the weights under the adapter; merged, they are what is trained.
@@ -151,13 +158,20 @@ def new_adapter(source: PolicySource, adapter: LoraAdapter | str) -> LoraConfig 
     """The adapter to be added to the policy, if the recipe wants one and the policy has none."""
     if not isinstance(adapter, LoraAdapter) or source.adapter is not None:
         return None
+    return adapter_config(adapter)
+
+
+def adapter_config(adapter: LoraAdapter) -> LoraConfig:
+    """A recipe's adapter in peft's words."""
     return LoraConfig(task_type="CAUSAL_LM", **adapter.model_dump(exclude={"type"}))
 
 
 def on_meta_device(
-    source: PolicySource, settings: ModelSettings, adapter: LoraAdapter | str
+    source: PolicySource, settings: ModelSettings, adapter: LoraAdapter | str, *, stacked: bool = False
 ) -> PreTrainedModel | PeftModel:
     """The policy as it will be trained, without any weights: for counting, estimating, and early refusals.
+
+    With `stacked`, an adapter that belongs to the policy stays as it is and gets a new one on top.
 
     Raises:
         UserError: no such model can be built, or the adapter does not fit it.
@@ -165,7 +179,7 @@ def on_meta_device(
     config = load_config(source, settings)
     dtype = weights_dtype(settings, adapter)
     dtype = (config.dtype or torch.float32) if dtype == CHECKPOINT_DTYPE else dtype
-    with torch.device("meta"), _loading_errors(source.place, local=source.is_local):
+    with torch.device("meta"), loading_errors(source.place, local=source.is_local):
         model = AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
@@ -174,13 +188,16 @@ def on_meta_device(
         )
     if not isinstance(adapter, LoraAdapter):
         return model
-    require_same_adapter(source, adapter)
-    if source.adapter is not None:
-        with torch.device("meta"), _loading_errors(str(source.adapter), local=True):
-            config = LoraConfig.from_pretrained(str(source.adapter))
-            config.inference_mode = False  # as it was saved
+    if source.adapter is None:
+        return _with_new_adapter(model, adapter)
+    (require_stackable if stacked else require_same_adapter)(source, adapter)
+    with torch.device("meta"), loading_errors(str(source.adapter), local=True):
+        config = LoraConfig.from_pretrained(str(source.adapter))
+        config.inference_mode = False  # as it was saved
+        if not stacked:
             return get_peft_model(model, config)
-    return _with_new_adapter(model, adapter)
+        earlier = get_peft_model(model, config, EARLIER_ADAPTER)
+        return stack_adapter(earlier, adapter_config(adapter), seed=0)
 
 
 def _with_new_adapter(model: PreTrainedModel, adapter: LoraAdapter) -> PeftModel:
@@ -197,9 +214,7 @@ def _with_new_adapter(model: PreTrainedModel, adapter: LoraAdapter) -> PeftModel
                 )
     try:
         with torch.device("meta"):
-            adapted = get_peft_model(
-                model, LoraConfig(task_type="CAUSAL_LM", **adapter.model_dump(exclude={"type"}))
-            )
+            adapted = get_peft_model(model, adapter_config(adapter))
     except (ValueError, re.error) as error:
         raise UserError(f"adapter: {' '.join(str(error).split())}") from error
     if isinstance(adapted.get_output_embeddings(), BaseTunerLayer):
@@ -214,12 +229,15 @@ def _load_adapter(model: PreTrainedModel, folder: Path, *, is_trainable: bool) -
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise UserError(f"The adapter {folder} has no {weights.name}; pickled weights are not loaded.")
-    with _loading_errors(str(folder), "the adapter", local=True):
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    with loading_errors(str(folder), "the adapter", local=True):
+        name = TRAINED_ADAPTER if is_trainable else EARLIER_ADAPTER
+        adapted = PeftModel.from_pretrained(model, str(folder), name, is_trainable=is_trainable)
         with safe_open(weights, "pt") as file:
             saved = set(file.keys())
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     _require_all_weights(f"The adapter {folder}", {"are not": set(expected) - saved})
+    if is_quantised(model):
+        compute_in_bfloat16(adapted, name)
     return adapted
 
 
@@ -239,51 +257,3 @@ def _hub_arguments(source: PolicySource, settings: ModelSettings) -> dict[str, A
     if settings.revision is not None and not source.is_local:
         arguments["revision"] = settings.revision
     return arguments
-
-
-@contextlib.contextmanager
-def _loading_errors(name: str, what: str = "model", *, local: bool) -> Iterator[None]:
-    """Say in one sentence why a model or its tokenizer could not be loaded."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise UserError(
-            f"model {name} is gated: accept its terms on the hub, then log in with `hf auth login`."
-        ) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise UserError(f"model {name} is neither a folder here nor a model on the hub.") from error
-    except SafetensorError as error:
-        raise UserError(
-            f"model {name} cannot be loaded: its weights are damaged or cut off ({error}). Fetch them again."
-        ) from error
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        ImportError,
-        StrictDataclassError,
-    ) as error:
-        raise UserError(f"{what} {name} cannot be loaded: {_reason(name, error, local=local)}") from error
-
-
-def _reason(name: str, error: BaseException, *, local: bool) -> str:
-    text = " ".join(str(error).split())
-    if "safetensors" in text:
-        return "it has no weights in safetensors format. Convert them first; pickled weights are not loaded."
-    if not local and ("connect" in text or "offline" in text or "cached" in text):
-        return (
-            f"it is no folder in {Path.cwd()}, is not in the hub cache, and the hub cannot be reached (offline)."
-            f"{near_folder(Path(name))} Check the name, or download it with `hf download` while online."
-        )
-    if "trust_remote_code" in text:
-        return "it brings its own code. Read that code, then set model.trust_remote_code: true."
-    if "Couldn't instantiate the backend tokenizer" in text:
-        return (
-            "there is none. Put the model's tokenizer.json and tokenizer_config.json beside its config.json."
-        )
-    if text.startswith("Unrecognized configuration class"):
-        return "it is no causal language model."
-    return textwrap.shorten(text, 400, placeholder=" ...")

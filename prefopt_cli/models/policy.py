@@ -17,6 +17,9 @@ from prefopt_cli.runs.folder import RunFolder
 
 SAMPLE = 2**20
 
+MERGE_RECORD = "prefopt_merge.json"
+"""In a folder that `prefopt merge` made: the run whose policy it is, and that run's lineage."""
+
 
 @dataclass(frozen=True)
 class PolicySource:
@@ -63,14 +66,7 @@ def find_policy(settings: ModelSettings, progress: Progress | None = None) -> Po
     path = Path(name).expanduser()
     run = RunFolder(path)
     if run.is_run():
-        manifest = run.read_manifest()
-        if not run.model.is_dir():
-            status = manifest.get("status", "unknown")
-            raise UserError(
-                f"model.name_or_path: the run {name} has no finished policy (its status is {status!r}). "
-                "Finish it with `prefopt train RECIPE --resume`, or name another model."
-            )
-        return _of_run(run, manifest, progress)
+        return policy_of_run(run, progress)
     if path.is_dir():
         return _in_folder(path, None)
     if path.exists():
@@ -80,8 +76,20 @@ def find_policy(settings: ModelSettings, progress: Progress | None = None) -> Po
     return PolicySource(name)
 
 
-def _of_run(run: RunFolder, manifest: dict[str, Any], progress: Progress | None) -> PolicySource:
-    """A finished run's policy. Its adapter lies on the weights that it started from, by whatever name they had."""
+def policy_of_run(
+    run: RunFolder, progress: Progress | None = None, *, key: str = "model.name_or_path"
+) -> PolicySource:
+    """A finished run's policy. Its adapter lies on the weights that it started from, by whatever name they had.
+
+    Raises:
+        UserError: the run is not finished, or what its adapter lies on is not there any more.
+    """
+    manifest = run.read_manifest()
+    if manifest.get("status", "finished") != "finished" or not run.model.is_dir():
+        raise UserError(
+            f"{key}: the run {run.path} has no finished policy (its status is {manifest.get('status', 'unknown')!r}). "
+            "Finish it with `prefopt train RECIPE --resume`, or name another one."
+        )
     lineage = manifest.get("lineage", {})
     name, weights = lineage.get("name"), Path(lineage.get("weights", ""))
     if name is None or not (run.model / "adapter_config.json").is_file():
@@ -169,6 +177,32 @@ def _unordered(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, list) else value or None
 
 
+def merge_record(folder: str | Path) -> dict[str, Any] | None:
+    """What `prefopt merge` wrote down of the run whose policy lies in the folder; None where it made none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    path = Path(folder) / MERGE_RECORD
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return found if isinstance(found, dict) else None
+
+
+def has_fingerprint(source: PolicySource, recorded: str | None) -> bool:
+    """Whether the policy is the one with this fingerprint; the commit of a hub model is taken on trust."""
+    if recorded is None:
+        return False
+    own = fingerprint(source, None)
+    if source.is_local:
+        return own == recorded
+    return recorded.startswith(f"{source.weights}@") and recorded.split(" ")[-1] == own.split(" ")[-1]
+
+
 def fingerprint(source: PolicySource, commit: str | None) -> str:
     """What tells the policy from one that later lies in the same place.
 
@@ -189,8 +223,10 @@ def fingerprint(source: PolicySource, commit: str | None) -> str:
     return digest.hexdigest() if source.is_local else f"{source.weights}@{commit} {digest.hexdigest()}"
 
 
-def describe_reference(source: PolicySource, adapter: LoraAdapter | str) -> str:
-    """Exactly which policy is the reference, in words."""
+def describe_reference(source: PolicySource, adapter: LoraAdapter | str, *, stacked: bool = False) -> str:
+    """Exactly which policy is the reference, in words; `stacked`: a new adapter goes on top of the policy's own."""
+    if stacked:
+        return f"{source.describe()}; that adapter stays, and a new one is trained on top"
     if isinstance(adapter, LoraAdapter):
         if source.adapter is None:
             return f"{source.describe()}, computed with the new adapter switched off"

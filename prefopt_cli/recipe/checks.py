@@ -31,6 +31,7 @@ EVAL_METRICS = (
 METHOD_METRICS = {
     "gpo": ("gpo/gradient_weight", "gpo/squared_log_ratio"),
     "soft": ("soft/gradient_weight",),
+    "sequential": ("sequential/gradient_weight",),
     "self_supervised": ("ssl/loss", "ssl/accuracy"),
 }
 """What those of a method report besides; self_supervised also the accuracy at each of its levels."""

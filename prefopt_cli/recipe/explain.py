@@ -39,6 +39,8 @@ _REMEDIES: dict[Path, str] = {
     ("method", "align"): "write the alignment loss: {name: gpo, ...}",
     ("method", "stopwords"): "write en, a file with one word per line, or the words",
     ("method", "mu"): "write none, or {gamma: 0.1}",
+    ("method", "previous"): "name the run folders of the earlier stages in order: [runs/helpful]",
+    ("method", "lambdas"): "write one number of at least 0, or one for every earlier dimension: {helpful: 0.5}",
     ("method", "regularizer"): "write {sample_every: 8, ...}; kl_coef: 0 does without samples",
     ("adapter", "bias"): "trained biases stay when the adapter is switched off, so the reference would move",
     ("adapter", "init_lora_weights"): "with others the policy without its adapter is not the reference",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.recipe.shipped import shipped_recipes
+from prefopt_cli.recipe.shipped import shipped_chains, shipped_recipes
 from prefopt_cli.recipe.suggestions import nearest
 from prefopt_cli.recipe.yaml_loader import MAX_BYTES
 
@@ -48,7 +48,7 @@ def _missing(path: Path) -> str:
     if str(path) == "-":
         return "a recipe is a file, which --resume reads again: save it, or name /dev/stdin for once"
     message = f"{path} does not exist"
-    shipped = shipped_recipes()
+    shipped = {**shipped_recipes(), **shipped_chains()}
     if path.stem in shipped:
         return f"{message}; to get the shipped recipe: prefopt recipe show {path.stem} > {path.stem}.yaml"
     folder = path.parent

@@ -36,16 +36,26 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
             f"{name}:{line}  a recipe is a mapping of keys to values (model: ..., dataset: ...), "
             f"found {shown(document.data)}"
         )
+    if "stages" in document.data:
+        raise UserError(
+            f"{name}:{document.lines[('stages',)]}  stages make it a chain, not a recipe; run `prefopt chain {name}`"
+        )
     locations = Locations(name, document.lines)
     problems = document.problems + apply_overrides(document.data, tuple(overrides), locations)
-    recipe = _validate(document.data, problems, document.unreadable)
+    recipe = validate(document.data, problems, document.unreadable)
     if recipe is None:
         raise problems_error(problems, locations)
     return recipe
 
 
-def _validate(data: dict[str, Any], problems: list[Problem], unreadable: set[Path]) -> Recipe | None:
-    """The recipe, or None with what is wrong appended to ``problems``."""
+def validate(data: dict[str, Any], problems: list[Problem], unreadable: set[Path]) -> Recipe | None:
+    """The recipe in plain data, or None with what is wrong appended to ``problems``.
+
+    Args:
+        data: what a file says.
+        problems: what is known to be wrong with it already.
+        unreadable: paths about which enough is said already.
+    """
     recipe = None
     try:
         recipe = Recipe.model_validate(data)

@@ -41,6 +41,25 @@ def _soft_without_reference_scores(settings: Settings) -> Iterator[Problem]:
             )
 
 
+def _earlier_policies_are_scored_before(settings: Settings) -> Iterator[Problem]:
+    place = settings.alignment()
+    sequential = settings.get(*place, "name") == "sequential"
+    if sequential and settings.get("training", "precompute_ref_log_probs") is False:
+        yield Problem(
+            ("training", "precompute_ref_log_probs"),
+            f"{dotted(place)} sequential scores the data with all earlier policies before it trains; leave it out",
+        )
+
+
+def _new_adapter_needs_one(settings: Settings) -> Iterator[Problem]:
+    key = (*settings.alignment(), "adapter_per_stage")
+    full = settings.get("adapter") in (None, "none") and not settings.mistaken("adapter")
+    if settings.get(*key) == "new" and full:
+        yield Problem(
+            key, "there is no adapter in this recipe; set adapter: {type: lora, ...}, or leave it out"
+        )
+
+
 def known_levels(settings: Settings) -> int:
     """Levels of self_supervised; a mistaken number stands for as many as there may be."""
     levels = ("method", "levels")
@@ -74,6 +93,8 @@ METHOD_CHECKS: tuple[Check, ...] = (
     _lists_for_the_method,
     _weights_need_pairs_to_compare,
     _soft_without_reference_scores,
+    _earlier_policies_are_scored_before,
+    _new_adapter_needs_one,
     _enough_levels,
     _known_language,
 )

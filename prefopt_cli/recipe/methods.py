@@ -26,10 +26,9 @@ class AlignmentSettings(Section):
         return self
 
 
-class GPOSettings(AlignmentSettings):
-    """Generalized Preference Optimization (Tang et al., ICML 2024, arXiv 2402.05749)."""
+class PairSettings(AlignmentSettings):
+    """What a convex f of one log-ratio margin per pair takes."""
 
-    name: Literal["gpo"]
     loss: str = Field(
         default="logistic",
         description="f: " + ", ".join(GPO_LOSSES) + ", or your own as package.module:function.",
@@ -52,6 +51,35 @@ class GPOSettings(AlignmentSettings):
             "expected one of {expected}, or your own as package.module:function",
             {"expected": ", ".join(GPO_LOSSES), "names": list(GPO_LOSSES)},
         )
+
+
+class GPOSettings(PairSettings):
+    """Generalized Preference Optimization (Tang et al., ICML 2024, arXiv 2402.05749)."""
+
+    name: Literal["gpo"]
+
+
+DIMENSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+"""A dimension's name: it names metrics, files and folders."""
+
+Weight = Annotated[float, Field(ge=0.0)]
+
+
+class SequentialSettings(PairSettings):
+    """Sequential Preference Optimization (Lou et al., AAAI 2025, arXiv 2405.12739): a stage after earlier ones."""
+
+    name: Literal["sequential"]
+    previous: Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)] = Field(
+        description="Run folders of the earlier stages in order; the run starts from the policy of the last one."
+    )
+    lambdas: Weight | dict[str, Weight] = Field(
+        description="lambda of every earlier dimension, {helpful: 0.5}, or one number for all. Higher keeps it more; "
+        "0 for all is naive sequential training."
+    )
+    adapter_per_stage: Literal["continue", "new"] = Field(
+        default="continue",
+        description="With an adapter: train the earlier stage's on, or a new one on top of it.",
+    )
 
 
 class Weighting(Section):
@@ -126,10 +154,14 @@ class SoftSettings(AlignmentSettings):
         return self.kl_coef > 0
 
 
-Alignment = GPOSettings | SoftSettings
+Alignment = GPOSettings | SoftSettings | SequentialSettings
 """Any alignment loss's settings: a union, told apart by `name`."""
 
-ALIGNMENTS: dict[str, type[Alignment]] = {"gpo": GPOSettings, "soft": SoftSettings}
+ALIGNMENTS: dict[str, type[Alignment]] = {
+    "gpo": GPOSettings,
+    "soft": SoftSettings,
+    "sequential": SequentialSettings,
+}
 """The alignment losses by their `name:`."""
 
 TAKE_LISTS = ("soft",)

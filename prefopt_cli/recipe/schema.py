@@ -8,11 +8,12 @@ milliseconds. Descriptions become the documentation that editors show.
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
 
 from prefopt_cli.recipe.data_settings import DatasetSettings, Source
 from prefopt_cli.recipe.methods import (
     ALIGNMENTS,
+    DIMENSION,
     GPO_LOSSES,
     METHODS,
     TAKE_LISTS,
@@ -20,8 +21,10 @@ from prefopt_cli.recipe.methods import (
     AnyMethod,
     GPOSettings,
     Method,
+    PairSettings,
     Regularizer,
     SelfSupervisedSettings,
+    SequentialSettings,
     SoftSettings,
     Weighting,
     place_of_alignment,
@@ -31,6 +34,7 @@ from prefopt_cli.recipe.training_settings import check_training
 
 __all__ = [
     "ALIGNMENTS",
+    "DIMENSION",
     "GPO_LOSSES",
     "METHODS",
     "TAKE_LISTS",
@@ -41,11 +45,13 @@ __all__ = [
     "LoraAdapter",
     "Method",
     "ModelSettings",
+    "PairSettings",
     "Recipe",
     "Regularizer",
     "Scalar",
     "Section",
     "SelfSupervisedSettings",
+    "SequentialSettings",
     "SoftSettings",
     "Source",
     "Weighting",
@@ -137,4 +143,16 @@ class Recipe(Section):
         default_factory=dict, description="Any field of TrainingArguments or DPOConfig, by its own name."
     )
     launch: LaunchSettings = LaunchSettings()
+    dimension: str | None = Field(
+        default=None,
+        description="What the preferences are about, as later stages call it; null: the name of output_dir's folder.",
+        json_schema_extra={"pattern": f"^{DIMENSION.pattern}$"},
+    )
     output_dir: str = Field(min_length=1, description="The run folder. Never overwritten unasked.")
+
+    @field_validator("dimension")
+    @classmethod
+    def _dimension_name(cls, value: str | None) -> str | None:
+        if value is not None and not DIMENSION.fullmatch(value):
+            raise ValueError("a dimension's name must consist of letters, digits, '_', '-' and '.'")
+        return value

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.recipe.schema import Method, SelfSupervisedSettings, SoftSettings
+from prefopt_cli.recipe.schema import Method, SelfSupervisedSettings, SequentialSettings, SoftSettings
 
 BLOCK = 256
 SMALLEST = 1e-6
@@ -52,8 +52,8 @@ def closed_form(method: Method, temperature: float) -> NamedTarget | None:
     """The optimum of a method on preferences labelled at this temperature, None if it has no closed form."""
     if isinstance(method, SelfSupervisedSettings):
         return closed_form(method.align, temperature) if method.ssl_coef == 0 else None
-    if method.length_normalize:
-        return None
+    if method.length_normalize or isinstance(method, SequentialSettings):
+        return None  # a stage's optimum is relative to the policy before it, which was trained
     if isinstance(method, SoftSettings):
         scale = method.alpha * temperature
         return None if method.samples or scale < SMALLEST else softmax_target(scale)

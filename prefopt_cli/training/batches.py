@@ -12,6 +12,12 @@ from torch import Tensor
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example, token_slots
 
+PREVIOUS_MARGINS = "previous_margins"
+"""Column of a dataset: for each pair the implicit reward margins of earlier stages."""
+
+PASSED_ON = ("ref_chosen_logps", "ref_rejected_logps", PREVIOUS_MARGINS)
+"""Columns of figures that a batch takes over as they are."""
+
 
 def example_of(row: Mapping[str, Any]) -> Example:
     """A tokenised row as a prompt with its responses, the best first."""
@@ -64,8 +70,8 @@ class ComparisonCollator:
         """Batch of B rows with K responses in all, at most N to a prompt; see `prefopt_cli.scoring.batches`.
 
         It begins with `row_index` (B,), and has `responses` (B, N), the places of a row's responses among the K
-        (K where it has no more), and `ranks` (B, N). Reference log-probabilities of pairs that are already known
-        pass through as `ref_*_logps` (B,).
+        (K where it has no more), and `ranks` (B, N). What is known of the pairs already passes through: reference
+        log-probabilities as `ref_*_logps` (B,), margins of n-1 earlier stages as `previous_margins` (B, n-1).
         """
         return self.batch(rows, [example_of(row) for row in rows])
 
@@ -75,7 +81,7 @@ class ComparisonCollator:
         batch = {"row_index": torch.tensor([row["row_index"] for row in rows])}
         batch.update(self.layout.batch(examples, self.pad_token_id, self.multiple))
         batch["responses"], batch["ranks"] = _places([row["ranks"] for row in rows])
-        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        for name in PASSED_ON:
             if name in rows[0]:
                 batch[name] = torch.tensor([row[name] for row in rows])
         return batch

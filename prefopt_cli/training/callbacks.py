@@ -141,6 +141,10 @@ class StopSignal:
 
     received: int | None = None
 
+    def asked(self) -> bool:
+        """Whether one did."""
+        return self.received is not None
+
 
 class Stopping(TrainerCallback):
     """After the step or evaluation in which a signal came: save, then stop.
@@ -186,7 +190,7 @@ class Stopping(TrainerCallback):
             control.should_training_stop = True
 
     def _asked(self, device: torch.device) -> bool:
-        asked = self._stop.received is not None
+        asked = self._stop.asked()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return asked
         flag = torch.tensor(int(asked), device=device)
@@ -230,7 +234,7 @@ def stopping_gently() -> Iterator[StopSignal]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.received is not None:
+        if stop.asked():
             raise KeyboardInterrupt
         stop.received = number
         # Drawing is not safe inside a signal handler; writing to the descriptor is.

@@ -34,6 +34,14 @@ CITATIONS = {
   year      = {2024},
   note      = {arXiv:2409.17791}
 }""",
+    "sequential": """@inproceedings{lou2025sequential,
+  title     = {Sequential Preference Optimization: Multi-Dimensional Preference Alignment
+               With Implicit Reward Modeling},
+  author    = {Lou, Xingzhou and Zhang, Junge and Xie, Jian and Liu, Lifeng and Yan, Dong and Huang, Kaiqi},
+  booktitle = {AAAI Conference on Artificial Intelligence},
+  year      = {2025},
+  note      = {arXiv:2405.12739}
+}""",
 }
 TRL_CITATION = """@software{trl,
   title  = {TRL: Transformers Reinforcement Learning},
@@ -45,6 +53,7 @@ METHOD_NAMES = {
     "gpo": "Generalized Preference Optimization",
     "soft": "Soft Preference Optimization",
     "self_supervised": "Self-supervised Preference Optimization",
+    "sequential": "Sequential Preference Optimization",
 }
 
 

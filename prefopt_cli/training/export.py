@@ -1,13 +1,12 @@
 """The final policy as a folder that plain transformers or peft loads."""
 
-from pathlib import Path
-
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from prefopt_cli.models.adapters import save_adapter
 from prefopt_cli.runs import atomic
 from prefopt_cli.runs.folder import RunFolder
-from prefopt_cli.training.trainer import TRAINED_ADAPTER, PreferenceTrainer
+from prefopt_cli.training.trainer import PreferenceTrainer
 
 
 def export_policy(
@@ -23,16 +22,8 @@ def export_policy(
     model = trainer.accelerator.unwrap_model(trainer.model)
     with atomic.folder(run.model) as folder:
         if isinstance(model, PeftModel):
-            _name_base_absolutely(model)
-            model.save_pretrained(str(folder), selected_adapters=[TRAINED_ADAPTER])
+            save_adapter(model, folder)
         else:
             model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
         (folder / "README.md").write_text(card, encoding="utf-8")
-
-
-def _name_base_absolutely(model: PeftModel) -> None:
-    """A base given by a relative path would be found from one working directory only."""
-    config = model.peft_config[TRAINED_ADAPTER]
-    if Path(config.base_model_name_or_path or "").is_dir():
-        config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())

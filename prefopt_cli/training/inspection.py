@@ -10,13 +10,14 @@ import torch
 
 from prefopt_cli.models.policy import describe_reference
 from prefopt_cli.recipe.schema import LoraAdapter, Recipe
+from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.degree_inspection import DegradedResponse, first_degraded
 from prefopt_cli.training.extent import prompt_lengths
 from prefopt_cli.training.forecast import Forecast, Packing, checkpoints_layers, forecast
 from prefopt_cli.training.memory import MemoryEstimate, Precision, Reference, Sampling, estimate_memory
-from prefopt_cli.training.objectives import find_objective
+from prefopt_cli.training.objectives import find_objective, require_sound
 from prefopt_cli.training.preparation import (
     Prepared,
     degree_settings,
@@ -85,7 +86,13 @@ class Inspection:
 
 
 def inspect(
-    recipe: Recipe, *, recipe_folder: Path, reporter: Reporter, device: Device | None = None, pairs: int = 2
+    recipe: Recipe,
+    *,
+    recipe_folder: Path,
+    reporter: Reporter,
+    device: Device | None = None,
+    pairs: int = 2,
+    runs: RunFinder | None = None,
 ) -> Inspection:
     """Do all of a run but load its weights and train.
 
@@ -95,14 +102,16 @@ def inspect(
         reporter: told what happens.
         device: where the run is to take place; None stands for this machine's.
         pairs: how many pairs (or lists) to show token by token.
+        runs: finds the runs of earlier stages, also moved ones.
 
     Raises:
         UserError: what would stop `prefopt train`, with the same message.
     """
     run = RunFolder(Path(recipe.output_dir).expanduser())
     notes = _output_notes(run)
-    objective = find_objective(recipe.method, recipe_folder)
-    prepared = prepare(recipe, reporter)
+    require_sound(recipe.method, recipe_folder)
+    prepared = prepare(recipe, reporter, runs)
+    objective = find_objective(recipe.method, recipe_folder, prepared.ancestry)
     given = recipe.training
     here: Device = "cuda" if torch.cuda.is_available() and not given.get("use_cpu") else "cpu"
     device = device or here
@@ -118,7 +127,7 @@ def inspect(
         method=objective.description,
         reference=None
         if objective.reference == "none"
-        else describe_reference(prepared.source, recipe.adapter),
+        else describe_reference(prepared.source, recipe.adapter, stacked=prepared.stacked),
         receipt=prepared.tokens.receipt.to_dict(),
         masks=_masks(prepared, pairs),
         degrees=first_degraded(prepared.tokens.train, prepared.tokenizer) if pairs else None,

@@ -4,11 +4,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from prefopt_cli.losses.gpo import ConvexFunction, Probe
+from prefopt_cli.models.ancestry import Ancestry
 from prefopt_cli.recipe.schema import (
-    GPOSettings,
     Method,
+    PairSettings,
     Recipe,
     SelfSupervisedSettings,
+    SequentialSettings,
     SoftSettings,
     place_of_alignment,
 )
@@ -16,6 +19,7 @@ from prefopt_cli.training.functions import describe_probe, find_function, requir
 from prefopt_cli.training.gpo import GPOTrainer
 from prefopt_cli.training.preparation import training_field
 from prefopt_cli.training.self_supervised import SelfSupervisedTrainer
+from prefopt_cli.training.sequential import SequentialTrainer
 from prefopt_cli.training.soft import SoftTrainer
 from prefopt_cli.training.trainer import PreferenceTrainer
 
@@ -39,19 +43,34 @@ class Objective:
     """What the trainer takes besides the arguments of `PreferenceTrainer` and, for `samples`, of `SoftTrainer`."""
 
 
-def find_objective(method: Method, folder: Path) -> Objective:
+def require_sound(method: Method, folder: Path) -> None:
+    """Judge what can be judged before data, models and earlier stages are looked at.
+
+    Raises:
+        UserError: f cannot be trained on; see `find_objective`.
+    """
+    if isinstance(method.alignment, PairSettings):
+        _probed(method.alignment, place_of_alignment(method), folder)
+
+
+def find_objective(method: Method, folder: Path, ancestry: Ancestry | None = None) -> Objective:
     """Find and judge what a recipe's method section names.
 
     Args:
         method: the settings.
         folder: where a user's own f is looked for first.
+        ancestry: the stages that a sequential method comes after; see `find_ancestry`.
 
     Raises:
         UserError: it cannot be trained on.
+        ValueError: the method is sequential, and no stages are given.
     """
     settings = method.alignment
     place = place_of_alignment(method)
-    align = _soft(settings, place) if isinstance(settings, SoftSettings) else _gpo(settings, place, folder)
+    if isinstance(settings, SoftSettings):
+        align = _soft(settings, place)
+    else:
+        align = _of_pairs(settings, place, folder, ancestry)
     return _self_supervised(method, align) if isinstance(method, SelfSupervisedSettings) else align
 
 
@@ -60,18 +79,33 @@ def precomputes(recipe: Recipe, objective: Objective) -> bool:
     return objective.reference == "data" and training_field(recipe.training, "precompute_ref_log_probs")
 
 
-def _gpo(settings: GPOSettings, place: str, folder: Path) -> Objective:
-    function = find_function(settings.loss, folder, f"{place}.loss")
-    probe = require_usable(settings.loss, function, f"{place}.loss")
+def _of_pairs(settings: PairSettings, place: str, folder: Path, ancestry: Ancestry | None) -> Objective:
+    if isinstance(settings, SequentialSettings) and ancestry is None:
+        raise ValueError("a sequential method needs the stages that it comes after")
+    function, probe = _probed(settings, place, folder)
     figures = asdict(probe)
     del figures["problems"]  # there are none, or it would not be usable
-    return Objective(
+    gpo = Objective(
         describe_probe(settings.loss, probe),
         {"f": figures},
         "data",
         GPOTrainer,
         {"settings": settings, "function": function},
     )
+    if ancestry is None:
+        return gpo
+    return replace(
+        gpo,
+        description=f"{gpo.description}; {ancestry.describe()}",
+        figures={**gpo.figures, "previous_stages": ancestry.figures()},
+        trainer=SequentialTrainer,
+        arguments={**gpo.arguments, "ancestry": ancestry},
+    )
+
+
+def _probed(settings: PairSettings, place: str, folder: Path) -> tuple[ConvexFunction, Probe]:
+    function = find_function(settings.loss, folder, f"{place}.loss")
+    return function, require_usable(settings.loss, function, f"{place}.loss")
 
 
 def _soft(settings: SoftSettings, place: str) -> Objective:

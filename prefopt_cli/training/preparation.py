@@ -13,20 +13,26 @@ from prefopt_cli.data.degrading import Degrading
 from prefopt_cli.data.stopwords import find_stopwords
 from prefopt_cli.errors import UserError
 from prefopt_cli.models import loading
+from prefopt_cli.models.adapters import is_stacked
+from prefopt_cli.models.ancestry import Ancestry, find_ancestry
 from prefopt_cli.models.policy import PolicySource, find_policy
 from prefopt_cli.recipe.schema import (
     TAKE_LISTS,
+    LoraAdapter,
     Recipe,
     Regularizer,
     SelfSupervisedSettings,
+    SequentialSettings,
     SoftSettings,
     Source,
     place_of_alignment,
 )
 from prefopt_cli.recipe.training_fields import OWN_FIELDS
+from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.scoring.choice import wants_router_loss
 from prefopt_cli.training.degree_checks import require_metric
 from prefopt_cli.training.extent import largest_id, longest_row, row_lengths
+from prefopt_cli.training.previous_checks import require_same_tokenizer, require_steady_scores
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.sampling_prompts import SamplingPrompts, sampling_prompts
 
@@ -43,6 +49,13 @@ class Prepared:
     tokens: data.TokenizedData
     sampling: SamplingPrompts | None = None
     """What the policy is asked during training, where the method samples it."""
+    ancestry: Ancestry | None = None
+    """The stages that came before, where the method knows of any."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether a new adapter is trained on top of the policy's own."""
+        return is_stacked(self.skeleton)
 
     @property
     def longest(self) -> int:
@@ -50,20 +63,30 @@ class Prepared:
         return max(longest_row(rows) for rows in (self.tokens.train, *self.tokens.eval.values()))
 
 
-def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
+def prepare(recipe: Recipe, reporter: Reporter, runs: RunFinder | None = None) -> Prepared:
     """Resolve and read everything that a recipe names, except weights; report the data's receipt.
 
+    Args:
+        recipe: the validated recipe.
+        reporter: told what happens.
+        runs: finds earlier stages.
+
     Raises:
-        UserError: the model, the tokenizer or the data cannot be used as they are.
+        UserError: the model, the tokenizer, the data or an earlier stage cannot be used as they are.
     """
     degrade = degrading(recipe)  # first of all: a list of stop words that is not there is told at once
-    source = find_policy(recipe.model, reporter.progress)
+    runs = runs or RunFinder()
+    ancestry = find_ancestry(recipe, runs, reporter.progress)
+    for place, found in runs.moved.items():
+        reporter.message(f"The run {place} was found in {found}.")
+    source = ancestry.start if ancestry else find_policy(recipe.model, reporter.progress)
     if not source.is_local:  # without a connection the hub's client takes its time to give up
         reporter.message(f"Looking for {source.weights} in the hub's cache and on the hub.")
     config = loading.load_config(source, recipe.model)
     require_states(recipe, config)
-    skeleton = loading.on_meta_device(source, recipe.model, recipe.adapter)
+    skeleton = loading.on_meta_device(source, recipe.model, recipe.adapter, stacked=stacks(recipe, source))
     tokenizer = loading.load_tokenizer(source, recipe.model)
+    require_same_tokenizer(tokenizer, ancestry, recipe)
     text = data.load(recipe.dataset, progress=reporter.progress, prompts=own_prompts(recipe))
     tokens = data.tokenize(
         text,
@@ -79,19 +102,27 @@ def prepare(recipe: Recipe, reporter: Reporter) -> Prepared:
     if not len(tokens.train):
         raise UserError("dataset.train: no row is left to train on; the receipt says where they went.")
     require_fit(config, tokens)
+    require_steady_scores(config, tokens, ancestry)
     require_a_batch(recipe, len(tokens.train))
     require_pairs_for_weights(recipe, tokens.train)
     prompts = None
     if (regularizer := sampling_settings(recipe)) is not None:
         place = f"{place_of_alignment(recipe.method)}.regularizer"
         prompts = sampling_prompts(regularizer, place, config, tokens, reporter)
-    return Prepared(source, config, skeleton, tokenizer, tokens, prompts)
+    return Prepared(source, config, skeleton, tokenizer, tokens, prompts, ancestry)
 
 
 def sampling_settings(recipe: Recipe) -> Regularizer | None:
     """How the policy is sampled during training; None where the method does without."""
     method = recipe.method.alignment
     return method.regularizer if isinstance(method, SoftSettings) and method.samples else None
+
+
+def stacks(recipe: Recipe, source: PolicySource) -> bool:
+    """Whether a new adapter is trained on top of one that the policy has."""
+    method = recipe.method.alignment
+    new = isinstance(method, SequentialSettings) and method.adapter_per_stage == "new"
+    return new and source.adapter is not None and isinstance(recipe.adapter, LoraAdapter)
 
 
 def own_prompts(recipe: Recipe) -> list[Source] | None:

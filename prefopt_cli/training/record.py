@@ -5,7 +5,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from prefopt_cli.models.policy import PolicySource, describe_reference, fingerprint
+from prefopt_cli.models.policy import PolicySource, describe_reference, fingerprint, merge_record
 from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs import environment
 from prefopt_cli.runs.folder import RunFolder
@@ -35,6 +35,7 @@ def first_manifest(
         "format": MANIFEST_FORMAT,
         "run_id": uuid.uuid4().hex,
         "status": "running",
+        "dimension": recipe.dimension or Path(recipe.output_dir).expanduser().resolve().name,
         "started": now(),
         "versions": environment.versions(),
         "machine": environment.machine(),
@@ -51,23 +52,52 @@ def first_manifest(
 
 def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     source, commit = prepared.source, getattr(prepared.config, "_commit_hash", None)
+    own = fingerprint(source, commit)
     lineage: dict[str, Any] = {
         "policy": source.describe(),
         "name": source.name,
         "weights": source.weights,
         "adapter": str(source.adapter) if source.adapter else None,
-        "fingerprint": fingerprint(source, commit),
-        "reference": describe_reference(source, recipe.adapter),
+        "fingerprint": own,
+        "reference": describe_reference(source, recipe.adapter, stacked=prepared.stacked),
         "weights_fingerprint": fingerprint(PolicySource(source.weights), commit),
         "origin": source.name,
+        "base": source.name or source.weights,
+        "adapters": [],
         "ancestors": [],
+        "merged_from": None,
     }
     if source.run is not None:
-        parent = RunFolder(source.run).read_manifest()
-        # What the first ancestor started from stays known where the ancestors are moved or deleted.
-        lineage["origin"] = source.name or parent.get("lineage", {}).get("origin")
-        lineage["ancestors"] = [
-            *parent.get("lineage", {}).get("ancestors", []),
-            {"run": str(source.run), "run_id": parent.get("run_id"), "method": parent.get("method")},
-        ]
+        lineage.update(_after(source, RunFolder(source.run).read_manifest(), own))
+    elif source.adapter is not None:
+        lineage["adapters"] = [str(source.adapter)]
+    elif (record := merge_record(source.weights)) is not None:
+        # What the merged policy went through stays known, and so does what it began with.
+        lineage.update(
+            {name: record[name] for name in ("base", "adapters", "ancestors")},
+            origin=record["base"],
+            merged_from=record["fingerprint"],
+        )
     return lineage
+
+
+def _after(source: PolicySource, parent: dict[str, Any], own: str) -> dict[str, Any]:
+    """The line of a policy that a run trained. It stays known where the earlier runs are moved or deleted."""
+    before = parent.get("lineage", {})
+    return {
+        "origin": source.name or before.get("origin"),
+        "base": before.get("base") or before.get("name") or before.get("weights"),
+        "adapters": [*before.get("adapters", []), *([str(source.adapter)] if source.adapter else [])],
+        "ancestors": [
+            *before.get("ancestors", []),
+            {
+                "run": str(source.run),
+                "run_id": parent.get("run_id"),
+                "dimension": parent.get("dimension") or Path(str(source.run)).name,
+                "method": parent.get("method"),
+                "data": parent.get("data"),
+                "started_from": before.get("fingerprint"),
+                "ended_with": own,
+            },
+        ],
+    }

@@ -3,19 +3,20 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import TrainerState
 from trl import DPOConfig
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.models import loading
-from prefopt_cli.models.policy import PolicySource, describe_reference
+from prefopt_cli.models.adapters import stack_adapter
+from prefopt_cli.models.policy import describe_reference
 from prefopt_cli.recipe import dump_recipe
 from prefopt_cli.recipe.schema import LoraAdapter, Recipe
 from prefopt_cli.runs import atomic, metrics
+from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training import callbacks
@@ -23,10 +24,13 @@ from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.card import model_card
 from prefopt_cli.training.export import export_policy
 from prefopt_cli.training.failures import explained
-from prefopt_cli.training.objectives import Objective, find_objective, precomputes
+from prefopt_cli.training.frozen_policies import ScoringStopped, set_aside
+from prefopt_cli.training.objectives import Objective, find_objective, precomputes, require_sound
+from prefopt_cli.training.outcome import Outcome, already_finished, outcome_of
 from prefopt_cli.training.preparation import Prepared, own_prompts, prepare
+from prefopt_cli.training.previous import with_previous_margins
 from prefopt_cli.training.record import first_manifest, now
-from prefopt_cli.training.reference import ScoringStopped, layout_for, with_reference
+from prefopt_cli.training.reference import layout_for, with_reference
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.resume import (
     finished_steps,
@@ -34,27 +38,17 @@ from prefopt_cli.training.resume import (
     require_resumable,
     restore_progress,
 )
-from prefopt_cli.training.trainer import REFERENCE_COLUMNS, RUN_SUMMARY, PreferenceTrainer
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    run: RunFolder
-    status: Literal["finished", "interrupted"]
-    step: int
-    total_steps: int
-    signal: int | None = None
-    """The signal that interrupted it."""
-    metrics: dict[str, Any] = field(default_factory=dict)
-    """The last logged figures of training and of every eval set."""
-    trained: bool = True
-    """False where the run had been finished before, so that nothing was left to do."""
+from prefopt_cli.training.trainer import REFERENCE_COLUMNS, PreferenceTrainer
 
 
 def train(
-    recipe: Recipe, *, recipe_folder: Path, reporter: Reporter, resume: bool = False, overwrite: bool = False
+    recipe: Recipe,
+    *,
+    recipe_folder: Path,
+    reporter: Reporter,
+    resume: bool = False,
+    overwrite: bool = False,
+    runs: RunFinder | None = None,
 ) -> Outcome:
     """Train what a recipe describes; everything it leaves behind is in the recipe's `output_dir`.
 
@@ -66,6 +60,7 @@ def train(
         reporter: told what happens.
         resume: go on with the run in `output_dir` from its last complete checkpoint.
         overwrite: delete the run in `output_dir` first.
+        runs: finds the runs of earlier stages, also moved ones.
 
     Raises:
         UserError: input that cannot work as it stands.
@@ -78,23 +73,25 @@ def train(
         require_resumable(run, recipe)
         before = run.read_manifest()
         if before["status"] == "finished" and run.model.is_dir():
-            return _already_finished(run, before)
+            return already_finished(run, before)
         recipe_folder = Path(before["recipe_folder"])
     else:
         run.require_free(overwrite=overwrite)
-    objective = find_objective(recipe.method, recipe_folder)
+    require_sound(recipe.method, recipe_folder)
+    prepared = prepare(recipe, reporter, runs)
+    objective = find_objective(recipe.method, recipe_folder, prepared.ancestry)
     reporter.message(f"Method: {objective.description}.")
-    prepared = prepare(recipe, reporter)
-    _require_elsewhere(run, recipe, prepared.source)
+    _require_elsewhere(run, recipe, prepared)
     args = training_arguments(recipe, run, evaluates=bool(prepared.tokens.eval))
     manifest = first_manifest(
         recipe, prepared, figures=objective.figures, recipe_folder=recipe_folder, processes=args.world_size
     )
     if resume:
         manifest = manifest_to_go_on_with(run, manifest)
-    model = loading.load_model(prepared.source, recipe.model, recipe.adapter)
+    model = loading.load_model(prepared.source, recipe.model, recipe.adapter, frozen=prepared.stacked)
     if objective.reference != "none":
-        reporter.message(f"Reference policy: {describe_reference(prepared.source, recipe.adapter)}.")
+        reference = describe_reference(prepared.source, recipe.adapter, stacked=prepared.stacked)
+        reporter.message(f"Reference policy: {reference}.")
     with explained(run):
         layout = layout_for(model.to(args.device), recipe, prepared, args)
     reporter.message(layout.note)
@@ -109,10 +106,12 @@ def train(
                 args,
                 layout,
                 reporter,
-                lambda: stop.received is not None,
+                stop.asked,
                 run,
                 precomputes=precomputes(recipe, objective),
             )
+            with set_aside(model, args):
+                prepared = with_previous_margins(prepared, recipe, args, reporter, stop.asked)
         except ScoringStopped:
             outcome = Outcome(run, "interrupted", step=0, total_steps=0, signal=stop.received)
         else:
@@ -148,7 +147,7 @@ def _run_trainer(
     checkpoint = _checkpoint(run, trainer, reporter) if resume else None
     if checkpoint is not None:
         trainer.args.eval_on_start = False  # the start was evaluated when the run began
-    return _outcome(_train(trainer, run, checkpoint), run, stop)
+    return outcome_of(_train(trainer, run, checkpoint), run, stop)
 
 
 def build_trainer(
@@ -172,6 +171,9 @@ def build_trainer(
             "stop_ids": prepared.tokens.stop_ids,
             "samples_file": samples_file,
         }
+    new_adapter = loading.new_adapter(prepared.source, recipe.adapter)
+    if prepared.stacked and isinstance(recipe.adapter, LoraAdapter):  # which TRL would not add to another
+        model = stack_adapter(model, loading.adapter_config(recipe.adapter), args.seed)
     return objective.trainer(
         **objective.arguments,
         model=model,
@@ -180,7 +182,7 @@ def build_trainer(
         train_dataset=prepared.tokens.train,
         eval_dataset=prepared.tokens.eval,
         processing_class=prepared.tokenizer,
-        peft_config=loading.new_adapter(prepared.source, recipe.adapter),
+        peft_config=new_adapter,
         card=card,
         layout=layout,
         **sampling,
@@ -201,10 +203,13 @@ def _train(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Path | None) 
     return finished
 
 
-def _require_elsewhere(run: RunFolder, recipe: Recipe, source: PolicySource) -> None:
+def _require_elsewhere(run: RunFolder, recipe: Recipe, prepared: Prepared) -> None:
     """Refuse to write over what the run reads."""
     sets = [recipe.dataset.train, *recipe.dataset.eval.values(), own_prompts(recipe) or []]
-    read = [source.weights, source.adapter, recipe.model.chat_template]
+    earlier = [source for _, source in prepared.ancestry.earlier] if prepared.ancestry else []
+    read = [recipe.model.chat_template]
+    for policy in (prepared.source, *earlier):
+        read += [policy.weights, str(policy.adapter) if policy.adapter else None]
     read += [each.source for sources in sets for each in sources]
     # A hub id or a scheme's name is no place here, whatever folder it would resolve to.
     for place in (Path(each).expanduser() for each in read if each):
@@ -259,30 +264,3 @@ def _checkpoint(run: RunFolder, trainer: PreferenceTrainer, reporter: Reporter) 
         for file in (run.metrics, run.samples):
             metrics.rewind(file, step)
     return checkpoint
-
-
-def _outcome(state: TrainerState, run: RunFolder, stop: callbacks.StopSignal) -> Outcome:
-    stopped = stop.received is not None and state.global_step < state.max_steps
-    return Outcome(
-        run=run,
-        status="interrupted" if stopped else "finished",
-        step=state.global_step,
-        total_steps=state.max_steps,
-        signal=stop.received if stopped else None,
-        metrics=_last_figures(state.log_history),
-    )
-
-
-def _last_figures(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """The newest value of every logged figure; the closing summary tells of one session only."""
-    figures: dict[str, Any] = {}
-    for record in history:
-        if RUN_SUMMARY not in record:
-            figures.update(record)
-    return figures
-
-
-def _already_finished(run: RunFolder, manifest: dict[str, Any]) -> Outcome:
-    return Outcome(
-        run, "finished", manifest["step"], manifest["steps"], metrics=manifest["metrics"], trained=False
-    )

@@ -20,6 +20,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
+from prefopt_cli.models.adapters import activate_adapters, restore_dropout
 from prefopt_cli.scoring.choice import choose_layout
 from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_responses
 from prefopt_cli.scoring.head import add_response_head
@@ -32,9 +33,6 @@ from prefopt_cli.training.row_metrics import RowMetrics, policy_metrics
 
 REFERENCE_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
 """Columns of a dataset whose reference log-probabilities are known already."""
-
-TRAINED_ADAPTER = "default"
-"""peft's name of the adapter that is trained; a frozen copy may stand beside it as the reference."""
 
 RUN_SUMMARY = "train_runtime"
 """The record that the library logs once, when training ends, holds this figure."""
@@ -103,7 +101,7 @@ class PreferenceTrainer(DPOTrainer):
             callbacks=[*(callbacks or []), self.guard],
         )
         self.remove_callback(PrinterCallback)
-        _restore_adapter_dropout(self.model)
+        restore_dropout(self.model)
         if absent:
             self.ref_model = None
         self.layout = layout or self._choose_layout()
@@ -131,6 +129,11 @@ class PreferenceTrainer(DPOTrainer):
             router_loss=self.aux_loss_enabled,
             neftune=self.args.neftune_noise_alpha is not None,
         )
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Of the weights that are trained, after loading a checkpoint too."""
+        activate_adapters(self.accelerator.unwrap_model(self.model))
+        return super().create_optimizer(model)
 
     @contextmanager
     def reference_policy(self) -> Iterator[nn.Module]:
@@ -282,16 +285,6 @@ class _Absent(nn.Module):
     def forward(self) -> None:
         """Is not called."""
         raise NotImplementedError
-
-
-def _restore_adapter_dropout(model: nn.Module) -> None:
-    """``disable_dropout`` is about the model; TRL takes the adapter's dropout with it, which was asked for by name."""
-    if not isinstance(model, PeftModel):
-        return
-    for name, module in model.named_modules():
-        parent, _, adapter = name.rpartition(".")
-        if parent.endswith("lora_dropout") and adapter == TRAINED_ADAPTER and isinstance(module, nn.Dropout):
-            module.p = model.peft_config[adapter].lora_dropout
 
 
 def _numbered(dataset: Dataset) -> Dataset:

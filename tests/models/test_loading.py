@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.models import loading
@@ -221,3 +221,27 @@ def test_tied_weights_are_complete(base: PolicySource, tmp_path: Path) -> None:
     source = PolicySource(str(folder))
     model = loading.load_model(source, _settings(source), "none")
     assert _counts(loading.on_meta_device(source, _settings(source), "none")) == _counts(model)
+
+
+def test_gradients_pass_through_quantised_weights_after_they_were_scored(tmp_path):
+    """bitsandbytes reorders 4-bit weights in a pass without gradients on some processors, and then has none."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).save_pretrained(tmp_path / "plain")
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantised = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "plain", quantization_config=four_bits, dtype=torch.float32
+    )
+    quantised.save_pretrained(tmp_path / "nf4")
+    source = PolicySource(str(tmp_path / "nf4"))
+    model = loading.load_model(source, _settings(source), LORA).eval()
+    plain = loading.load_model(source, _settings(source), LORA).dequantize().float().eval()
+    tokens = torch.arange(12)[None]
+    gradients = []
+    for each in (model, plain):
+        with torch.no_grad():
+            each(tokens)
+        embedded = each.get_input_embeddings()(tokens).detach().float().requires_grad_(True)
+        each(inputs_embeds=embedded, labels=tokens).loss.backward()
+        gradients.append(embedded.grad)
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-6)

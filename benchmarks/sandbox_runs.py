@@ -29,16 +29,23 @@ Row = dict[str, Any]
 
 
 def train_policy(
-    recipe: str, overrides: Sequence[str], seed: int, run: Path, *, watched: bool = False
+    recipe: str,
+    overrides: Sequence[str],
+    seed: int,
+    run: Path,
+    *,
+    watched: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Train by a shipped recipe with another seed, of training and of the order of the pairs; returns the run.
 
-    It is evaluated on the held-out pairs, after every epoch, only if `watched`.
+    It is evaluated on the held-out pairs, after every epoch, only if `watched`. With `overwrite`, a run that is in
+    the way is deleted.
     """
     path = RECIPES / f"{recipe}.yaml"
     settings = [*overrides, f"training.seed={seed}", f"dataset.seed={seed}", f"output_dir={run}"]
     settings += [] if watched else UNWATCHED
-    train(load_recipe(path, settings), recipe_folder=path.parent, reporter=Silent())
+    train(load_recipe(path, settings), recipe_folder=path.parent, reporter=Silent(), overwrite=overwrite)
     return run
 
 

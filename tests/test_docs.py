@@ -21,6 +21,8 @@ import datasets
 import pytest
 import typer.main
 
+from prefopt_cli.chain.loader import load_chain
+from prefopt_cli.chain.settings import Chain
 from prefopt_cli.cli.main import app
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.recipe.schema import SoftSettings
@@ -42,13 +44,13 @@ FENCED = re.compile(r"^```(?:bash|sh|console)\n(.*?)^```", re.MULTILINE | re.DOT
 MODELS = ("Qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B")
 DATA = "trl-lib/ultrafeedback_binarized"
 QUICK = ["training.max_steps=2", "training.gradient_accumulation_steps=1"]
-FEW_PAIRS = ["dataset.train.0.limit=32", "dataset.eval.heldout.0.limit=16"]
-"""For the sandbox's recipes: their training source and their eval set."""
+FEW_PAIRS, FEW_HELD_OUT = "dataset.train.0.limit=32", "dataset.eval.{}.0.limit=16"
+"""For the sandbox's recipes: their training source and their eval sets."""
 SHORT_SAMPLES = ["regularizer.max_new_tokens=8", "regularizer.num_prompts=4"]
 """For alignment losses that let the policy write; the contexts of the stand-ins are short, too."""
 FEW_SAMPLES = ["--prompts", "4", "--per-prompt", "2", "--exact-prompts", "1"]
 """For `prefopt sandbox score`; of an option that is given twice the later one counts."""
-SANDBOX = re.compile(r"\bprefopt sandbox |\b(gpo|soft|self-supervised)-sandbox\.yaml")
+SANDBOX = re.compile(r"\bprefopt sandbox |\b(chain|gpo|soft|self-supervised|sequential)-sandbox\.yaml")
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -188,6 +190,18 @@ def _data_is_there(recipe: Path, overrides: list[str]) -> bool:
     return all(has_scheme(place) or Path(place).exists() for place in places)
 
 
+def _few_pairs(chain: Chain) -> list[str] | None:
+    """Overrides with which a chain is quick; None where its data is not there."""
+    sources = [stage.recipe.dataset.train[0].source for stage in chain.stages]
+    if not all(has_scheme(source) for source in sources):
+        return None
+    few = [
+        f"stages.{number}.dataset.train={{source: {source}, limit: 32}}"
+        for number, source in enumerate(sources)
+    ]
+    return few + [f"dataset.eval.{name}.limit=16" for name in chain.dimensions]
+
+
 @pytest.mark.parametrize("page", map(_page, PAGES))
 def test_commands_run_in_their_order(page: Path, prefopt: Prefopt, stand_ins: Path) -> None:  # noqa: F811
     _run(_commands(_blocks(page)), prefopt, stand_ins)
@@ -212,13 +226,18 @@ def _run(commands: list[Command], prefopt: Prefopt, folder: Path) -> None:  # no
             if command.launched or not _data_is_there(recipe, overrides):
                 continue  # it loads
             if recipe.name.endswith("-sandbox.yaml"):
-                arguments += FEW_PAIRS
+                sets = load_recipe(recipe, overrides).dataset.eval
+                arguments += [FEW_PAIRS, *(FEW_HELD_OUT.format(name) for name in sets)]
             method = load_recipe(recipe, overrides).method
             if method.alignment.name == "soft":
                 place = "method" if method.alignment is method else "method.align"
                 arguments += [f"{place}.{each}" for each in SHORT_SAMPLES]
         if arguments[:2] == ["sandbox", "score"]:
             arguments += FEW_SAMPLES
+        if arguments[0] == "chain":
+            if (few := _few_pairs(load_chain(arguments[1]))) is None:
+                continue  # it loads
+            arguments += [*QUICK, *few]
         if arguments[0] == "train":
             arguments += QUICK
             if "--resume" not in arguments and "--overwrite" not in arguments:

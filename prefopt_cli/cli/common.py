@@ -67,7 +67,16 @@ def prepare_libraries() -> None:
     import logging
 
     warnings.simplefilter("ignore")
-    for name in ("bitsandbytes", "torch", "trl", "accelerate", "peft", "datasets", "huggingface_hub"):
+    for name in (
+        "bitsandbytes",
+        "torch",
+        "trl",
+        "accelerate",
+        "peft",
+        "datasets",
+        "huggingface_hub",
+        "matplotlib",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from prefopt_cli import __version__
-from prefopt_cli.cli import cache, check, recipe, sandbox, train
+from prefopt_cli.cli import cache, chain, check, lineage, merge, recipe, retention, sandbox, train
 from prefopt_cli.cli.common import DebugOption, is_debug
 from prefopt_cli.errors import PrefoptError
 
@@ -22,6 +22,10 @@ app = typer.Typer(
 )
 app.command(name="train", epilog=train.EPILOG)(train.train)
 app.command(name="check", epilog=check.EPILOG)(check.check)
+app.command(name="chain", epilog=chain.EPILOG)(chain.chain)
+app.command(name="retention", epilog=retention.EPILOG)(retention.retention)
+app.command(name="lineage", epilog=lineage.EPILOG)(lineage.lineage)
+app.command(name="merge", epilog=merge.EPILOG)(merge.merge)
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(cache.app, name="cache")

@@ -7,9 +7,12 @@ from typing import Any
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.models.ancestry_checks import (
+    WITH_REWARD,
     Found,
     ancestors_of,
+    complete_manifest,
     require_consecutive,
+    require_new_dimension,
     require_no_cycle,
     require_unchanged,
     resolved_lambdas,
@@ -21,7 +24,7 @@ from prefopt_cli.models.policy import (
     merge_record,
     policy_of_run,
 )
-from prefopt_cli.recipe.schema import Recipe, SequentialSettings, place_of_alignment
+from prefopt_cli.recipe.schema import Recipe, SequentialSettings, dimension_of, place_of_alignment
 from prefopt_cli.recipe.schemes import Progress, find_scheme
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
@@ -77,7 +80,7 @@ class Ancestry:
         return [
             {
                 "dimension": stage.dimension,
-                "run": str(stage.run.path),
+                "run": str(stage.run.path.absolute()),
                 "run_id": stage.run_id,
                 "beta": stage.beta,
                 "lambda": value,
@@ -111,6 +114,7 @@ def find_ancestry(recipe: Recipe, runs: RunFinder, progress: Progress | None = N
         stages.append(_stage(run, manifest, stages, progress, key))
     require_unchanged(found, [stage.source for stage in stages])
     lambdas = resolved_lambdas(settings.lambdas, [stage.dimension for stage in stages], place)
+    require_new_dimension(dimension_of(recipe), [stage.dimension for stage in stages])
     start = _start(recipe, stages[-1], settings.previous[-1], progress)
     base = _start_of(*found[0], runs=runs, progress=progress)
     return Ancestry(base, tuple(stages), lambdas, start)
@@ -119,6 +123,18 @@ def find_ancestry(recipe: Recipe, runs: RunFinder, progress: Progress | None = N
 def run_dimension(run: RunFolder, manifest: Mapping[str, Any]) -> str:
     """What a run's preferences were about."""
     return str(manifest.get("dimension") or run.path.name)
+
+
+def as_ancestor(run: RunFolder, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What a later run writes down of this one, `ended_with` aside: its policy's fingerprint."""
+    return {
+        "run": str(run.path.absolute()),
+        "run_id": manifest.get("run_id"),
+        "dimension": run_dimension(run, manifest),
+        "method": manifest.get("method"),
+        "data": manifest.get("data"),
+        "started_from": manifest.get("lineage", {}).get("fingerprint"),
+    }
 
 
 def line_of(run: RunFolder, runs: RunFinder) -> list[RunFolder]:
@@ -135,18 +151,23 @@ def line_of(run: RunFolder, runs: RunFinder) -> list[RunFolder]:
 
 
 def _find_runs(previous: Sequence[str], runs: RunFinder, key: str) -> list[Found]:
-    """The runs with their manifests. The last one's lineage tells by id which runs the others must be."""
+    """The runs with their manifests. A run that is where it is named is the one that is meant."""
     last = runs.find(previous[-1], key=key)
-    ids = [each.get("run_id") for each in ancestors_of(last.read_manifest())]
+    line = ancestors_of(last.read_manifest())
     earlier = len(previous) - 1
-    ids = [*[None] * (earlier - len(ids)), *ids[max(len(ids) - earlier, 0) :]]
+    line = [*[{}] * (earlier - len(line)), *line[max(len(line) - earlier, 0) :]]
     found = []
-    for name, run_id in zip(previous[:-1], ids, strict=True):
-        run = RunFolder(Path(name).expanduser())
-        # Whether a run that is there is the right one is for `require_consecutive` to say, unless it may have moved.
-        taken = run.is_run() and (runs.folder is None or run_id is None)
-        found.append(run if taken else runs.find(name, run_id, key))
-    return [(run, run.read_manifest()) for run in (*found, last)]
+    for name, ancestor in zip(previous[:-1], line, strict=True):
+        run, run_id = RunFolder(Path(name).expanduser()), ancestor.get("run_id")
+        if run.is_run() and not (runs.folder and _lay_in(ancestor, run)):
+            found.append(run)  # whether it is the right one is for `require_consecutive` to say
+        else:  # it is gone, or another one lies there now
+            found.append(runs.find(name, run_id, key))
+    return [(run, complete_manifest(run, key)) for run in (*found, last)]
+
+
+def _lay_in(ancestor: Mapping[str, Any], run: RunFolder) -> bool:
+    return bool(ancestor) and Path(ancestor["run"]).resolve() == run.path.resolve()
 
 
 def _stage(
@@ -154,7 +175,7 @@ def _stage(
 ) -> Stage:
     method = manifest.get("method", {})
     settings = method.get("align") or method
-    if settings.get("name") not in ("gpo", "sequential"):
+    if settings.get("name") not in WITH_REWARD:
         raise UserError(
             f"{key}: the run {run.path} was trained by method {settings.get('name')}, which has no implicit reward "
             "beta log(pi / pi_ref). Earlier stages are trained by gpo or sequential, alone or under self_supervised."
@@ -218,7 +239,7 @@ def _start_of(
     ancestors = ancestors_of(manifest)
     if ancestors and not lineage.get("merged_from"):  # another run's policy; its folder may have been moved
         parent = runs.find(ancestors[-1]["run"], ancestors[-1].get("run_id"), f"the start of {run.path}")
-        recorded = policy_of_run(parent, progress)
+        recorded = policy_of_run(parent, progress, key=f"the start of {run.path}")
     elif lineage["name"] and not recorded.is_local and (named := find_scheme(lineage["name"], "model")):
         recorded = replace(recorded, weights=str(named.scheme.model_folder(named.name, progress)))
     if not has_fingerprint(recorded, lineage["fingerprint"]):

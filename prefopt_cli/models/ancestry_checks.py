@@ -9,6 +9,9 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.models.policy import PolicySource, has_fingerprint
 from prefopt_cli.runs.folder import RunFolder
 
+WITH_REWARD = ("gpo", "sequential")
+"""Methods whose policies have an implicit reward."""
+
 Found = tuple[RunFolder, dict[str, Any]]
 """A run and its manifest."""
 
@@ -17,6 +20,45 @@ def ancestors_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs that a run's policy went through, the oldest first."""
     found = manifest.get("lineage", {}).get("ancestors", [])
     return found if isinstance(found, list) else []
+
+
+def complete_manifest(run: RunFolder, key: str) -> dict[str, Any]:
+    """The manifest of an earlier stage.
+
+    Raises:
+        UserError: something is missing in it that later stages need.
+    """
+    manifest = run.read_manifest()
+    lineage, method = manifest.get("lineage"), manifest.get("method")
+    settings = (method.get("align") or method) if isinstance(method, dict) else {}
+    needed = {
+        "run_id": manifest.get("run_id"),
+        "lineage.weights": isinstance(lineage, dict) and lineage.get("weights"),
+        "lineage.fingerprint": isinstance(lineage, dict) and lineage.get("fingerprint"),
+        "method.name": settings.get("name"),
+    }
+    if settings.get("name") in WITH_REWARD:
+        needed |= {f"method.{name}": name in settings for name in ("beta", "length_normalize")}
+    missing = [name for name, value in needed.items() if not value]
+    if missing:
+        raise UserError(
+            f"{key}: {run.manifest} is not whole ({', '.join(missing)} missing), so what the run was is not known. "
+            "Restore it, or train the run anew."
+        )
+    return manifest
+
+
+def require_new_dimension(dimension: str, earlier: Sequence[str]) -> None:
+    """Refuse a stage that later ones could not tell from one before it.
+
+    Raises:
+        UserError: its dimension is that of an earlier stage.
+    """
+    if dimension in earlier:
+        raise UserError(
+            f"dimension: an earlier stage is about {dimension}, too, and later ones could not tell them apart. Set "
+            "`dimension` to another name."
+        )
 
 
 def require_no_cycle(previous: Sequence[str], output_dir: str, key: str) -> None:

@@ -93,13 +93,13 @@ def policy_of_run(
     lineage = manifest.get("lineage", {})
     name, weights = lineage.get("name"), Path(lineage.get("weights", ""))
     if name is None or not (run.model / "adapter_config.json").is_file():
-        return _in_folder(run.model, run.path)
+        return _in_folder(run.model, run.path, key)
     if not weights.is_dir() and (named := find_scheme(name, "model")):
         made = named.scheme.model_folder(named.name, progress)
         if made.resolve() != weights.resolve():  # the cache was moved, or the scheme makes another model now
             _require_same_weights(made, lineage.get("weights_fingerprint"), run, name)
             return PolicySource(str(made), run.model, run.path, name)
-    source = _in_folder(run.model, run.path)
+    source = _in_folder(run.model, run.path, key)
     return replace(source, name=name) if Path(source.weights).resolve() == weights.resolve() else source
 
 
@@ -112,7 +112,7 @@ def _require_same_weights(made: Path, recorded: str | None, run: RunFolder, name
         )
 
 
-def _in_folder(folder: Path, run: Path | None) -> PolicySource:
+def _in_folder(folder: Path, run: Path | None, key: str = "model.name_or_path") -> PolicySource:
     if (folder / "adapter_config.json").is_file():
         base = read_adapter_config(folder).get("base_model_name_or_path")
         if not base:
@@ -128,7 +128,7 @@ def _in_folder(folder: Path, run: Path | None) -> PolicySource:
     if (folder / "config.json").is_file():
         return PolicySource(str(folder), None, run)
     raise UserError(
-        f"model.name_or_path: the folder {folder} holds no model (neither config.json nor adapter_config.json)."
+        f"{key}: the folder {folder} holds no model (neither config.json nor adapter_config.json)."
     )
 
 

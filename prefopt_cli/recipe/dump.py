@@ -32,7 +32,12 @@ _Dumper.add_representer(str, _represent_string)
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML, defaults included; ``load_recipe`` reads an equal recipe from it."""
-    return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+    return dump_data(recipe.model_dump())
+
+
+def dump_data(data: Any) -> str:
+    """Plain data as YAML that our reader reads back to equal data."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def diff_recipes(a: Recipe, b: Recipe) -> list[str]:

@@ -40,7 +40,10 @@ _REMEDIES: dict[Path, str] = {
     ("method", "stopwords"): "write en, a file with one word per line, or the words",
     ("method", "mu"): "write none, or {gamma: 0.1}",
     ("method", "previous"): "name the run folders of the earlier stages in order: [runs/helpful]",
-    ("method", "lambdas"): "write one number of at least 0, or one for every earlier dimension: {helpful: 0.5}",
+    (
+        "method",
+        "lambdas",
+    ): "write one number of at least 0, or one for every earlier dimension: {helpful: 0.5}",
     ("method", "regularizer"): "write {sample_every: 8, ...}; kl_coef: 0 does without samples",
     ("adapter", "bias"): "trained biases stay when the adapter is switched off, so the reference would move",
     ("adapter", "init_lora_weights"): "with others the policy without its adapter is not the reference",
@@ -148,7 +151,9 @@ def _message(path: Path, group: list[_Mistake], named: Named) -> str:
         wanted = dict.fromkeys(mistake.expected or mistake.error["msg"] for mistake in group)
         expected = f"expected {join_types(wanted)}"
     message = _with_suggestion(f"{expected}, found {shown(value)}", value, names)
-    remedy = _REMEDIES.get(through_align(path)) or _remedy(expected, value)
+    # What turns a text into the number that it is says more than how such a key is written.
+    remedies = [_REMEDIES.get(through_align(path)), _remedy(expected, value)]
+    remedy = next(filter(None, reversed(remedies) if isinstance(value, str) else remedies), None)
     return f"{message}; {remedy}" if remedy and "did you mean" not in message else message
 
 

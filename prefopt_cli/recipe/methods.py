@@ -20,6 +20,8 @@ CUSTOM_LOSS = re.compile(r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z
 class AlignmentSettings(Section):
     """A method that is an alignment loss: it trains alone, or beside the loss of another method."""
 
+    name: str
+
     @property
     def alignment(self) -> Self:
         """The settings of the alignment loss: these."""

@@ -6,6 +6,7 @@ milliseconds. Descriptions become the documentation that editors show.
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
@@ -55,6 +56,7 @@ __all__ = [
     "SoftSettings",
     "Source",
     "Weighting",
+    "dimension_of",
     "place_of_alignment",
 ]
 
@@ -154,5 +156,12 @@ class Recipe(Section):
     @classmethod
     def _dimension_name(cls, value: str | None) -> str | None:
         if value is not None and not DIMENSION.fullmatch(value):
-            raise ValueError("a dimension's name must consist of letters, digits, '_', '-' and '.'")
+            raise ValueError(
+                "a dimension's name must consist of letters, digits, '_', '-' and '.', and begin with a letter or digit"
+            )
         return value
+
+
+def dimension_of(recipe: Recipe) -> str:
+    """What a recipe's preferences are about: as it says, or the name of its run's folder."""
+    return recipe.dimension or Path(recipe.output_dir).expanduser().absolute().name

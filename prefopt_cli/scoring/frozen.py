@@ -43,7 +43,7 @@ class FrozenScores:
         """One line for the user."""
         cached = self.responses - self.computed
         if not self.computed:
-            return f"{self.responses:,} responses, all from the cache: no reference pass"
+            return f"{self.responses:,} responses, all from the cache"
         source = f", {cached:,} from the cache" if cached else ""
         return f"{self.responses:,} responses{source}, {self.computed:,} computed in {self.seconds:.1f} s"
 

@@ -5,8 +5,9 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from prefopt_cli.models.ancestry import as_ancestor
 from prefopt_cli.models.policy import PolicySource, describe_reference, fingerprint, merge_record
-from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.recipe.schema import Recipe, dimension_of
 from prefopt_cli.runs import environment
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.preparation import Prepared
@@ -35,7 +36,7 @@ def first_manifest(
         "format": MANIFEST_FORMAT,
         "run_id": uuid.uuid4().hex,
         "status": "running",
-        "dimension": recipe.dimension or Path(recipe.output_dir).expanduser().resolve().name,
+        "dimension": dimension_of(recipe),
         "started": now(),
         "versions": environment.versions(),
         "machine": environment.machine(),
@@ -56,21 +57,21 @@ def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     lineage: dict[str, Any] = {
         "policy": source.describe(),
         "name": source.name,
-        "weights": source.weights,
-        "adapter": str(source.adapter) if source.adapter else None,
+        "weights": _absolute(source.weights) if source.is_local else source.weights,
+        "adapter": _absolute(source.adapter) if source.adapter else None,
         "fingerprint": own,
         "reference": describe_reference(source, recipe.adapter, stacked=prepared.stacked),
         "weights_fingerprint": fingerprint(PolicySource(source.weights), commit),
         "origin": source.name,
-        "base": source.name or source.weights,
+        "base": source.name or (_absolute(source.weights) if source.is_local else source.weights),
         "adapters": [],
         "ancestors": [],
         "merged_from": None,
     }
     if source.run is not None:
-        lineage.update(_after(source, RunFolder(source.run).read_manifest(), own))
+        lineage.update(_after(source, RunFolder(source.run), own))
     elif source.adapter is not None:
-        lineage["adapters"] = [str(source.adapter)]
+        lineage["adapters"] = [_absolute(source.adapter)]
     elif (record := merge_record(source.weights)) is not None:
         # What the merged policy went through stays known, and so does what it began with.
         lineage.update(
@@ -81,23 +82,18 @@ def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     return lineage
 
 
-def _after(source: PolicySource, parent: dict[str, Any], own: str) -> dict[str, Any]:
+def _after(source: PolicySource, run: RunFolder, own: str) -> dict[str, Any]:
     """The line of a policy that a run trained. It stays known where the earlier runs are moved or deleted."""
+    parent = run.read_manifest()
     before = parent.get("lineage", {})
     return {
         "origin": source.name or before.get("origin"),
         "base": before.get("base") or before.get("name") or before.get("weights"),
-        "adapters": [*before.get("adapters", []), *([str(source.adapter)] if source.adapter else [])],
-        "ancestors": [
-            *before.get("ancestors", []),
-            {
-                "run": str(source.run),
-                "run_id": parent.get("run_id"),
-                "dimension": parent.get("dimension") or Path(str(source.run)).name,
-                "method": parent.get("method"),
-                "data": parent.get("data"),
-                "started_from": before.get("fingerprint"),
-                "ended_with": own,
-            },
-        ],
+        "adapters": [*before.get("adapters", []), *([_absolute(source.adapter)] if source.adapter else [])],
+        "ancestors": [*before.get("ancestors", []), {**as_ancestor(run, parent), "ended_with": own}],
     }
+
+
+def _absolute(place: str | Path) -> str:
+    """As it can be found from any working directory."""
+    return str(Path(place).absolute())

@@ -73,12 +73,6 @@ def require_same_start(run: RunFolder, manifest: dict[str, Any]) -> None:
             f"reference. {remedy}"
         )
     method = manifest["method"]
-    stages, stages_before = (_stages(each["method"]) for each in (manifest, before))
-    if stages != stages_before:
-        raise UserError(
-            f"The earlier stages are others than those that {where} after ({_told(stages_before)} then, "
-            f"{_told(stages)} now). {remedy}"
-        )
     if method.get("f") != before["method"].get("f"):
         loss = method.get("align", method)["loss"]
         raise UserError(f"The function {loss} has changed since {where}. {remedy}")
@@ -87,15 +81,6 @@ def require_same_start(run: RunFolder, manifest: dict[str, Any]) -> None:
             f"{manifest['processes']} process(es) cannot go on with what {before['processes']} began: the batches and "
             f"their order would differ. Start {before['processes']}."
         )
-
-
-def _stages(method: dict[str, Any]) -> list[tuple[str, float, float]]:
-    """What the loss takes from earlier stages; where they lie may change."""
-    return [(each["run_id"], each["beta"], each["lambda"]) for each in method.get("previous_stages", [])]
-
-
-def _told(stages: list[tuple[str, float, float]]) -> str:
-    return ", ".join(f"run {run_id[:8]} with lambda {value:g}" for run_id, _, value in stages) or "none"
 
 
 def manifest_to_go_on_with(run: RunFolder, manifest: dict[str, Any]) -> dict[str, Any]:

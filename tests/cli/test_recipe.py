@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from prefopt_cli.cli.recipe import app
 from prefopt_cli.errors import UserError
 from prefopt_cli.recipe import load_recipe, recipe_json_schema, shipped_recipes
+from prefopt_cli.recipe.shipped import shipped_chains
 from tests.conftest import REPOSITORY
 
 runner = CliRunner()
@@ -23,7 +24,7 @@ def run(*arguments: str) -> str:
 
 def test_list_names_each_recipe_with_method_and_purpose():
     lines = run("list").splitlines()
-    assert [line.split()[0] for line in lines] == list(shipped_recipes())
+    assert [line.split()[0] for line in lines] == [*shipped_chains(), *shipped_recipes()]
     for line in lines:
         name, method, *purpose = line.split()
         assert name.startswith(method.replace("_", "-") + "-")
@@ -32,7 +33,7 @@ def test_list_names_each_recipe_with_method_and_purpose():
 
 def test_list_as_json():
     rows = json.loads(run("list", "--json"))
-    assert [row["name"] for row in rows] == list(shipped_recipes())
+    assert [row["name"] for row in rows] == [*shipped_chains(), *shipped_recipes()]
     assert all(set(row) == {"name", "purpose", "method"} for row in rows)
 
 
@@ -47,7 +48,7 @@ def test_show_of_an_unknown_name():
     assert "'gpo-hh'" in str(error)
 
 
-@pytest.mark.parametrize("method", ["gpo", "soft", "self_supervised"])
+@pytest.mark.parametrize("method", ["gpo", "soft", "self_supervised", "sequential"])
 def test_new_prints_a_recipe_that_loads(tmp_path, method):
     path = tmp_path / "my.yaml"
     path.write_text(run("new", method), encoding="utf-8")

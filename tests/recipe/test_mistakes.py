@@ -79,8 +79,14 @@ SOFT_MISTAKES = [
     ("mu: {gamma: 1, clamp: 3}", ["method.mu.clamp", "unknown key"]),
     ("mu_clamp: 0", ["method.mu_clamp", "greater than 0"]),
     ("gamma: 1", ["method.gamma", "method.mu.gamma"]),
-    ("loss: logistic", ["method.loss", "method gpo has it, soft does not", "valid here: alpha, kl_coef"]),
-    ("beta: 0.1", ["method.beta", "method gpo has it, soft does not", "valid here: alpha, kl_coef"]),
+    (
+        "loss: logistic",
+        ["method.loss", "method gpo or sequential has it, soft does not", "valid here: alpha, kl_coef"],
+    ),
+    (
+        "beta: 0.1",
+        ["method.beta", "method gpo or sequential has it, soft does not", "valid here: alpha, kl_coef"],
+    ),
     ("sample_every: 4", ["method.sample_every", "method.regularizer.sample_every"]),
     ("regularizer: none", ["method.regularizer", "a mapping", "found 'none'"]),
     ("regularizer: {num_promts: 3}", ["method.regularizer.num_promts", "did you mean 'num_prompts'"]),

@@ -60,7 +60,10 @@ MISTAKES_OF_ALIGN = [
     ("alpha: 0", "alpha: expected a number greater than 0.0, found 0"),
     ("levels: 3", "levels: unknown key; did you mean method.levels?"),
     ("stop_words: en", "stop_words: unknown key; did you mean method.stopwords?"),
-    ("beta: 0.1", "beta: unknown key; method.align gpo has it, soft does not; valid here: alpha, kl_coef"),
+    (
+        "beta: 0.1",
+        "beta: unknown key; method.align gpo or sequential has it, soft does not; valid here: alpha, kl_coef",
+    ),
     ("gamma: 1", "gamma: unknown key; did you mean method.align.mu.gamma or method.ssl_coef?"),
     ("sample_every: 4", "sample_every: unknown key; did you mean method.align.regularizer.sample_every?"),
     ("mu: 0.5", "mu: expected none, found 0.5; write none, or {gamma: 0.1}"),
@@ -79,16 +82,20 @@ MISTAKES_OF_ALIGN = [
 
 # (what stands in the place of the whole of `align`, from line 12; the message)
 OTHER_ALIGNS = [
-    ("align: {}", "12  method.align.name: missing; one of gpo, soft"),
+    ("align: {}", "12  method.align.name: missing; one of gpo, soft, sequential"),
     (
         "align: gpo",
         "12  method.align: expected a mapping, found 'gpo'; write the alignment loss: {name: gpo, ...}",
     ),
-    ("align: {name: gop}", "method.align.name: expected one of gpo, soft, found 'gop'; did you mean 'gpo'?"),
-    ("align: {name: [gpo]}", "method.align.name: expected one of gpo, soft, found a list"),
+    (
+        "align: {name: gop}",
+        "method.align.name: expected one of gpo, soft, sequential, found 'gop'; did you mean 'gpo'?",
+    ),
+    ("align: {name: [gpo]}", "method.align.name: expected one of gpo, soft, sequential, found a list"),
     (
         "align: {name: self_supervised, align: {name: gpo}}",
-        "method.align.name: self_supervised adds to an alignment loss and cannot be one itself; use one of gpo, soft",
+        "method.align.name: self_supervised adds to an alignment loss and cannot be one itself; use one of gpo, soft, "
+        "sequential",
     ),
     ("ssl_coef: 1", "10  method.align: missing; write the alignment loss: {name: gpo, ...}"),
 ]

@@ -64,7 +64,7 @@ def test_the_sandbox_recipes_need_nothing_from_outside(name):
 def test_each_has_a_purpose_and_its_method():
     for described in describe_recipes():
         assert len(described.purpose) > 20, described
-        assert described.method in METHODS
+        assert described.method in {*METHODS, "chain"}
         assert described.name.startswith(described.method.replace("_", "-") + "-")
 
 
@@ -191,7 +191,9 @@ def test_the_defaults_that_a_starter_states_are_the_defaults(method):
 
 def test_a_starter_puts_no_odd_file_name_into_its_text():
     assert starter_recipe("gpo", "a b\nc: d.yaml").splitlines()[0] == "# prefopt train my.yaml"
-    with pytest.raises(UserError, match=r"did you mean 'gpo'.*there are: gpo, self_supervised, soft"):
+    with pytest.raises(
+        UserError, match=r"did you mean 'gpo'.*there are: gpo, self_supervised, sequential, soft"
+    ):
         starter_recipe("gop")
     assert starter_methods() == sorted(METHODS)
 
@@ -234,7 +236,7 @@ def test_the_schema_covers_training_fields_and_sections():
 def test_the_schema_tells_what_an_alignment_loss_may_be():
     own = recipe_json_schema()["$defs"]["SelfSupervisedSettings"]
     names = [each["$ref"].rpartition("/")[2] for each in own["properties"]["align"]["anyOf"]]
-    assert names == ["GPOSettings", "SoftSettings"]
+    assert names == ["GPOSettings", "SoftSettings", "SequentialSettings"]
     assert own["required"] == ["name", "align"]
     assert own["properties"]["levels"]["minimum"] == 2
 

@@ -73,7 +73,7 @@ def test_a_second_run_on_the_same_data_scores_nothing(run: Run) -> None:
     responses = 2 * (96 + 24)
     assert f"{responses} responses, {responses} computed in" in first.said("Reference log-probabilities")
     assert first.scored[-1] == responses
-    assert second.said("Reference log-probabilities").endswith("all from the cache: no reference pass.")
+    assert second.said("Reference log-probabilities").endswith("all from the cache.")
     assert not second.scored
     assert one.run.read_manifest()["reference_scores"] == {"responses": responses, "computed": responses}
     assert two.run.read_manifest()["reference_scores"] == {"responses": 2 * (50 + 24), "computed": 0}

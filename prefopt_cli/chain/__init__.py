@@ -1,0 +1,1 @@
+"""Several stages in order, from one file: planned by content, finished ones skipped, each handed its ancestors."""

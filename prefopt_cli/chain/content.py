@@ -1,0 +1,154 @@
+"""What a stage's weights come from, and how a run that is there differs from it. Names of folders do not count."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prefopt_cli.chain.settings import ChainStage
+from prefopt_cli.models.ancestry import run_dimension
+from prefopt_cli.models.ancestry_checks import ancestors_of
+from prefopt_cli.models.policy import PolicySource, has_fingerprint
+from prefopt_cli.recipe import diff_recipes, load_recipe
+from prefopt_cli.recipe.problems import shown
+from prefopt_cli.recipe.schema import Alignment, GPOSettings, Recipe, SequentialSettings
+from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.training.resume import MAY_CHANGE
+
+Manifest = Mapping[str, Any]
+
+OF_ITS_PLACE = ("name", "previous", "lambdas", "adapter_per_stage")
+"""Settings of an alignment loss that say whether earlier stages are known, and which."""
+
+
+def recipe_changes(
+    run: RunFolder, manifest: Manifest, stage: ChainStage, earlier: Sequence[str]
+) -> list[str]:
+    """How the recipe that a run was trained by differs from the stage's, in words.
+
+    Places and the section `dataset` are left out: fingerprints say what lies in them.
+
+    Args:
+        run: of this stage, as far as its place says.
+        manifest: the run's.
+        stage: as the chain has it now.
+        earlier: the dimensions before it.
+
+    Raises:
+        UserError: the run's recipe cannot be read.
+    """
+    changes = []
+    dimension = run_dimension(run, manifest)
+    if dimension != stage.dimension:
+        changes.append(f"it is about {dimension}")
+    own, old = (_comparable(each, stage.recipe, earlier) for each in (stage.recipe, load_recipe(run.recipe)))
+    now, then = own.model_dump(), old.model_dump()
+    another_place = own.method.alignment.name != old.method.alignment.name
+    if another_place:
+        changes.append(f"it was {'not ' if not earlier else ''}the first stage")
+    for key in diff_recipes(own, old):
+        setting = key.removeprefix("method.").removeprefix("align.").partition(".")[0]
+        if key not in MAY_CHANGE and not (another_place and setting in OF_ITS_PLACE):
+            value, old_value = _at(now, key), _at(then, key)
+            changes.append(
+                f"{key} differs" if value == old_value else f"{key} is {value} and was {old_value}"
+            )
+    return changes
+
+
+def _at(data: Any, key: str) -> str:
+    """The value at a dotted key, as a reader would write it."""
+    if isinstance(data, Mapping) and key in data:
+        return shown(data[key])
+    head, _, rest = key.partition(".")
+    if isinstance(data, Mapping) and head in data:
+        return _at(data[head], rest)
+    if isinstance(data, list) and head.isdigit():
+        return _at(data[int(head)], rest) if rest else shown(data[int(head)])
+    return "not set"
+
+
+def data_changes(manifest: Manifest, fingerprints: Mapping[str, str], *, finished: bool) -> list[str]:
+    """Whether the tokens that a run was trained on are others now; of one that goes on, the held-out sets count too."""
+    known = manifest.get("data", {})
+    names = ["train"] if finished else sorted({*known, *fingerprints})
+    changed = [name for name in names if known.get(name) != fingerprints.get(name)]
+    return [f"the data of {', '.join(changed)} has changed"] if changed else []
+
+
+def function_changes(manifest: Manifest, figures: Mapping[str, Any], stage: ChainStage) -> list[str]:
+    """Whether a user's own f is another now."""
+    changed = manifest.get("method", {}).get("f") != figures.get("f")
+    return (
+        [f"the function {getattr(stage.recipe.method.alignment, 'loss', 'f')} has changed"] if changed else []
+    )
+
+
+def start_changes(manifest: Manifest, start: PolicySource, before: tuple[str, RunFolder] | None) -> list[str]:
+    """Whether a run began with another policy than the stage's.
+
+    Args:
+        manifest: of the run.
+        start: the policy that the stage begins with.
+        before: dimension and run of the stage before; None in the first one.
+    """
+    lineage = manifest.get("lineage", {})
+    if before is None:
+        if has_fingerprint(start, lineage.get("fingerprint")):
+            return []
+        return [f"it was trained from another policy than {start.describe()}"]
+    dimension, run = before
+    parent = (ancestors_of(manifest) or [{}])[-1]
+    began = lineage.get("merged_from") or lineage.get("fingerprint")
+    if parent.get("run_id") == run.read_manifest().get("run_id") and has_fingerprint(start, began):
+        return []
+    return [f"it was trained from another policy than that of stage {dimension} ({run.path})"]
+
+
+def with_alignment(recipe: Recipe, settings: Alignment) -> Recipe:
+    """The recipe with another alignment loss."""
+    method = recipe.method
+    changed = settings if method is method.alignment else method.model_copy(update={"align": settings})
+    return recipe.model_copy(update={"method": changed})
+
+
+def with_places(recipe: Recipe, output_dir: str, previous: Sequence[str]) -> Recipe:
+    """The recipe of a stage whose run, and those of the stages before it, lie in these folders."""
+    changed = recipe.model_copy(update={"output_dir": output_dir})
+    settings = recipe.method.alignment
+    if not previous or not isinstance(settings, SequentialSettings):
+        return changed
+    model = recipe.model.model_copy(update={"name_or_path": previous[-1]})
+    changed = changed.model_copy(update={"model": model})
+    return with_alignment(changed, settings.model_copy(update={"previous": list(previous)}))
+
+
+def as_first_stage(recipe: Recipe, start: str, chat_template: str | None) -> Recipe:
+    """A recipe that reads the same data without asking for earlier stages, which may not be trained yet.
+
+    Args:
+        recipe: of any stage.
+        start: what the chain's first stage starts from.
+        chat_template: what the stage's tokenizer will have from the stages before it.
+    """
+    settings = recipe.method.alignment
+    if isinstance(settings, SequentialSettings):
+        shared = {name: getattr(settings, name) for name in GPOSettings.model_fields if name != "name"}
+        recipe = with_alignment(recipe, GPOSettings(name="gpo", **shared))
+    template = recipe.model.chat_template or chat_template
+    model = recipe.model.model_copy(update={"name_or_path": start, "chat_template": template})
+    return recipe.model_copy(update={"model": model})
+
+
+def _comparable(recipe: Recipe, places: Recipe, earlier: Sequence[str]) -> Recipe:
+    """The recipe with all that does not count as `places` has it, and one lambda for each earlier dimension."""
+    settings, other = recipe.method.alignment, places.method.alignment
+    if isinstance(settings, SequentialSettings):
+        lambdas = settings.lambdas
+        changes: dict[str, Any] = {
+            "lambdas": lambdas if isinstance(lambdas, Mapping) else dict.fromkeys(earlier, float(lambdas)),
+        }
+        if isinstance(other, SequentialSettings):
+            changes["previous"] = other.previous
+        recipe = with_alignment(recipe, settings.model_copy(update=changes))
+    model = recipe.model.model_copy(update={"name_or_path": places.model.name_or_path})
+    same = {name: getattr(places, name) for name in ("dataset", "output_dir", "dimension")}
+    return recipe.model_copy(update={"model": model, **same})

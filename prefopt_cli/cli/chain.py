@@ -1,0 +1,181 @@
+"""`prefopt chain`."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from prefopt_cli.cli.common import (
+    DebugOption,
+    JsonOption,
+    main_process,
+    prepare_libraries,
+    standard_error,
+    standard_output,
+)
+from prefopt_cli.cli.tables import print_hanging, print_line
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prefopt_cli.chain.plan import Plan, Step
+    from prefopt_cli.chain.run import ChainOutcome, Told
+    from prefopt_cli.evaluation.retention_table import Retention
+    from prefopt_cli.training.outcome import Outcome
+    from prefopt_cli.training.reporting import Reporter
+
+EPILOG = "Example: prefopt chain recipes/chain-sandbox.yaml --dry-run"
+
+SIGNAL_EXIT_BASE = 128
+
+
+def chain(
+    file: Annotated[
+        str, typer.Argument(metavar="CHAIN", help="Path of a YAML file with stages.", show_default=False)
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Fields to set over the file's, such as method.beta=0.05 or stages.1.lambdas.helpful=0.3.",
+            show_default=False,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done, and train nothing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Train all stages anew, whatever is there.")
+    ] = False,
+    runs_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--runs-dir", metavar="FOLDER", help="Where moved runs are looked for.", show_default=False
+        ),
+    ] = None,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train the stages of a chain in order, and show after each what became of every dimension.
+
+    Finished stages are skipped, an interrupted one goes on, and a changed one is trained anew with all after it.
+    """
+    from prefopt_cli.chain.loader import load_chain
+    from prefopt_cli.errors import UserError
+
+    loaded = load_chain(file, overrides or ())
+    if runs_dir is not None and not runs_dir.is_dir():
+        raise UserError(f"--runs-dir: there is no folder {runs_dir}.")
+    prepare_libraries()
+    from prefopt_cli.chain.plan import make_plan
+    from prefopt_cli.runs.finding import RunFinder
+    from prefopt_cli.training.processes import leave_together
+
+    # A chain whose folder was moved finds its own runs again.
+    runs = RunFinder(runs_dir or (loaded.folder if loaded.folder.is_dir() else None))
+    with _reporting(receipts=False) as reporter:
+        plan = make_plan(loaded, reporter=reporter, runs=runs, overwrite=overwrite, counts_scores=dry_run)
+    if dry_run:
+        leave_together()
+        if main_process():
+            _print_plan(plan, as_json=json)
+        return
+    from prefopt_cli.chain.run import run_plan
+
+    with _reporting(receipts=True) as reporter:
+        outcome = run_plan(plan, reporter=reporter, runs=runs, told=_told(quiet=json or not main_process()))
+        leave_together()
+    if main_process():
+        _print_outcome(outcome, as_json=json, again=_command(file, overrides or [], runs_dir))
+    raise typer.Exit(0 if outcome.signal is None else SIGNAL_EXIT_BASE + outcome.signal)
+
+
+@contextmanager
+def _reporting(*, receipts: bool) -> "Iterator[Reporter]":
+    """A reporter of the first process's work; the others say nothing."""
+    from prefopt_cli.cli.progress import reporter_for
+    from prefopt_cli.training.reporting import Silent
+
+    reporter = reporter_for(standard_error(), receipts=receipts) if main_process() else Silent()
+    try:
+        yield reporter
+    finally:
+        reporter.close()
+
+
+def _told(*, quiet: bool) -> "Told":
+    """Prints what each stage ended with, as soon as it is known."""
+    from prefopt_cli.cli.retention import print_retention
+
+    def told(step: "Step", done: "Outcome | None", table: "Retention | None") -> None:
+        if quiet or table is None:
+            return
+        console = standard_output()
+        if done is not None:
+            print_line(console, f"Stage {step.stage.dimension}: finished {done.step} steps.")
+        print_retention(table, console)
+
+    return told
+
+
+def _print_plan(plan: "Plan", *, as_json: bool) -> None:
+    if as_json:
+        from json import dumps
+
+        typer.echo(dumps({"stages": [step.to_dict() for step in plan.steps]}))
+        return
+    console = standard_output()
+    for step in plan.steps:
+        begins = f"{step.stage.number}. {step.stage.dimension}: "
+        print_hanging(console, begins, f"{step.action}, because {step.reason}.")
+        print_line(console, f"   Run: {step.run.path}")
+        if step.action == "skip":
+            continue
+        print_hanging(console, "   Reference: ", f"{step.reference}.")
+        if step.stage.lambdas is not None:
+            print_line(console, f"   Lambdas: {_lambdas(step)}")
+        for each in step.scores or ():
+            print_line(console, f"   Scores under {each.describe()}.")
+    print_line(console, "Nothing was trained: this is what would be done.")
+
+
+def _lambdas(step: "Step") -> str:
+    given = step.stage.lambdas
+    if isinstance(given, dict):
+        return ", ".join(f"{name} {value:g}" for name, value in given.items())
+    return f"{given:g} for every earlier dimension"
+
+
+def _print_outcome(outcome: "ChainOutcome", *, as_json: bool, again: str) -> None:
+    if as_json:
+        from json import dumps
+
+        typer.echo(dumps(outcome.to_dict()))
+    folder = outcome.plan.chain.folder
+    if outcome.status == "interrupted" and outcome.last is not None:
+        done = outcome.last
+        where = (
+            f"at step {done.step} of {done.total_steps}; a checkpoint was saved"
+            if done.total_steps
+            else "while scoring with frozen policies; what is done is kept"
+        )
+        print_line(standard_error(), f"Stopped in {done.run.path} {where}. Go on with:\n  {again}")
+    elif not as_json:
+        console, last = standard_output(), outcome.plan.steps[-1].run
+        if outcome.last is None:
+            print_line(console, "All stages are finished: nothing to do.")
+        print_line(console, f"Policy:    {last.model}")
+        print_line(console, f"Retention: {folder / 'retention.csv'} (and .json, .png)")
+
+
+def _command(file: str, overrides: list[str], runs_dir: Path | None) -> str:
+    """The command line that goes on with the chain; --overwrite would begin anew."""
+    import os
+    import shlex
+
+    # Under a launcher, each process sees how many there are.
+    launched = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "prefopt_cli"]
+    program = launched if os.environ.get("WORLD_SIZE", "1") != "1" else ["prefopt"]
+    moved = ["--runs-dir", str(runs_dir)] if runs_dir else []
+    return shlex.join([*program, "chain", file, *overrides, *moved])

@@ -1,0 +1,89 @@
+"""`prefopt merge`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from prefopt_cli.cli.common import (
+    DebugOption,
+    JsonOption,
+    RunsDirOption,
+    prepare_libraries,
+    standard_error,
+    standard_output,
+)
+
+if TYPE_CHECKING:
+    from prefopt_cli.evaluation.merge_check import Merged
+
+EPILOG = "Example: prefopt merge runs/harmless exports/harmless --dtype bfloat16 --tolerance 5"
+
+
+def merge(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A finished run folder.", show_default=False)],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new model folder.", show_default=False)],
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option("--dtype", help="Type of the saved weights; merged is always in float32."),
+    ] = "float32",
+    pairs: Annotated[int, typer.Option("--pairs", min=1, help="Pairs that are scored for the proof.")] = 64,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance",
+            metavar="NATS",
+            min=0.0,
+            help="Largest difference of a response's log-probability; half precision needs a larger one.",
+        ),
+    ] = 1e-2,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data", metavar="FILE", help="Preferences to score in place of the run's.", show_default=False
+        ),
+    ] = None,
+    runs_dir: RunsDirOption = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the merged model in OUT, and nothing else.")
+    ] = False,
+    json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Export a run's policy as one plain model, adapters merged, and prove that it is the same policy.
+
+    A sample of pairs is scored by the policy as it was trained and by the folder as plain transformers loads it.
+    Above the tolerance nothing is written.
+    """
+    prepare_libraries()
+    from prefopt_cli.cli.progress import reporter_for
+    from prefopt_cli.evaluation.merge_check import MergeSettings, merge_run
+    from prefopt_cli.runs.finding import RunFinder
+
+    settings = MergeSettings(dtype, pairs, tolerance, data, overwrite)
+    reporter = reporter_for(standard_error(), receipts=False)
+    try:
+        merged = merge_run(run, out.expanduser(), settings, reporter, RunFinder(runs_dir))
+    finally:
+        reporter.close()
+    if json:
+        from json import dumps
+
+        typer.echo(dumps(merged.to_dict()))
+    else:
+        _print(merged)
+
+
+def _print(merged: "Merged") -> None:
+    from prefopt_cli.cli.tables import print_line
+
+    console, found = standard_output(), merged.difference
+    print_line(
+        console,
+        f"Equal within {merged.tolerance:g} nats: over {found.responses} responses ({found.tokens:,} tokens) the "
+        f"log-probabilities differ by at most {found.max:.2g}, by {found.mean:.2g} on average.",
+    )
+    print_line(
+        console, f"Per token: at most {found.max_per_token:.2g}, {found.mean_per_token:.2g} on average."
+    )
+    print_line(console, f"Model: {merged.folder} ({merged.dtype})")

@@ -6,9 +6,10 @@ Dimensions of the sandbox in the order helpful, polite, concise; polite and conc
 several seeds (of training and of the order of the pairs), judged by the gold rewards on held-out prompts after every
 stage:
 
-- naive: every stage by DPO after the one before (lambda 0); in the last stage also with other betas, which trade its
-  gain for what is forgotten;
-- sequential: the same with lambda for every earlier dimension;
+- naive: every stage by DPO after the one before (lambda 0);
+- sequential: the same with one lambda for every earlier dimension;
+- the last stage alone, from the naive second one, with lambda and without, over several betas: beta trades its gain
+  for what is forgotten, so that both can be compared at the same gain;
 - joint: the pairs of all three dimensions mixed, one run by DPO;
 - reversed: concise, polite, helpful.
 
@@ -16,8 +17,10 @@ Stages are recipes/gpo-sandbox.yaml and recipes/sequential-sandbox.yaml: one epo
 """
 
 import fcntl
+import json
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +30,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.sandbox_runs import Row, benchmark, judge, train_policy
 from benchmarks.sandbox_sequential_report import draw, report
+from prefopt_cli.evaluation.retention import retention
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.sandbox.plan import ScoreSettings
+from prefopt_cli.training.reporting import Silent
 
 PICTURE = Path(__file__).resolve().parent.parent / "docs" / "sequential-trade-off.svg"
 SETTINGS = ScoreSettings(prompts=150, per_prompt=16, exact_prompts=0)
@@ -36,8 +41,8 @@ ORDER = ("helpful", "polite", "concise")
 FIGURES = (*(f"reward/{name}" for name in ORDER), "kl", "entropy")
 BETA = 0.5
 LAMBDAS = (0.25, 0.5, 1.0, 2.0)
-WEAKER = (1.0, 2.0, 4.0)
-"""Other betas of the naive last stage."""
+LAST_LAMBDAS, LAST_BETAS = (0.0, 0.25, 1.0), (BETA, 1.0, 2.0, 4.0)
+"""Of the last stage alone."""
 
 RUNS = Path(tempfile.gettempdir()) / "prefopt-sandbox-sequential"
 """Policies that several jobs go on from; may be deleted."""
@@ -45,33 +50,57 @@ RUNS = Path(tempfile.gettempdir()) / "prefopt-sandbox-sequential"
 Stage = dict[str, Any]
 
 
-def line(order: tuple[str, ...], value: float, last_beta: float = BETA) -> list[Stage]:
-    """Stages of a chain with one lambda for all earlier dimensions."""
+def line(order: Sequence[str], value: float, **last: float) -> list[Stage]:
+    """Stages of a chain with one lambda for all earlier dimensions; `last`: what differs in the last one."""
     stages: list[Stage] = [{"dimension": name, "lambda": value, "beta": BETA} for name in order]
     stages[0]["lambda"] = 0.0
-    stages[-1]["beta"] = last_beta
+    stages[-1].update(last)
     return stages
 
 
 def jobs(seeds: int) -> list[Row]:
     """Every policy to be judged, as the stages that lead to it; early stages first, so that nothing waits for long."""
     lines = [line(order, value) for order in (ORDER, ORDER[::-1]) for value in (0.0, 0.5)]
-    lines += [line(ORDER, value) for value in LAMBDAS] + [line(ORDER, 0.0, beta) for beta in WEAKER]
+    lines += [line(ORDER, value) for value in LAMBDAS]
+    lines += [
+        line(ORDER, 0.0, **{"lambda": value}, beta=beta) for value in LAST_LAMBDAS for beta in LAST_BETAS
+    ]
     found: list[Row] = []
     for length in range(1, len(ORDER) + 1):
         for seed in range(seeds):
             for each in lines:
-                stages = each if length == len(each) else [{**stage, "beta": BETA} for stage in each[:length]]
-                job = {"kind": "stages", "stages": stages, "seed": seed}
+                job = {"kind": "stages", "stages": each[:length], "seed": seed}
                 if job not in found:
                     found.append(job)
-    return found + [{"kind": "joint", "beta": BETA, "seed": seed} for seed in range(seeds)]
+    found += [{"kind": "joint", "beta": BETA, "seed": seed} for seed in range(seeds)]
+    chains = [
+        each for each in lines if each == line([stage["dimension"] for stage in each], each[1]["lambda"])
+    ]
+    return found + [
+        {"kind": "retention", "stages": each, "seed": seed}
+        for number, each in enumerate(chains)
+        if each not in chains[:number]
+        for seed in range(seeds)
+    ]
 
 
 def work(job: Row) -> Row:
     """Train what is not there yet, and judge the last policy."""
+    if job["kind"] == "retention":
+        return held_out(trained(job["stages"], job["seed"]))
     run = joint(job) if job["kind"] == "joint" else trained(job["stages"], job["seed"])
     return judge(run, SETTINGS, FIGURES)
+
+
+def held_out(run: Path) -> Row:
+    """What `prefopt retention` tells of a chain's end: accuracy on each dimension, and its change since its stage."""
+    sets = {name: {"source": f"sandbox:{name}", "split": "test"} for name in ORDER}
+    table = retention(RunFolder(run), Silent(), overrides=[f"dataset.eval={json.dumps(sets)}"])
+    last = table.stages[-1]
+    return {
+        "accuracy": {name: list(table.cells[last, name].accuracy) for name in ORDER},
+        "change": {name: list(each.accuracy) for name, each in table.changes.items()},
+    }
 
 
 def joint(job: Row) -> Path:
@@ -124,10 +153,14 @@ def once(run: Path, recipe: str, overrides: list[str], seed: int) -> Path:
 def main() -> None:
     """Run all, print the tables, write the results."""
     rows = benchmark(
-        "sandbox-sequential", __doc__, jobs, work, lambda rows, versions: report(rows, versions, SETTINGS)
+        "sandbox-sequential",
+        __doc__,
+        jobs,
+        work,
+        lambda rows, versions: report(rows, versions, SETTINGS, BETA),
     )
     if rows is not None:
-        draw(rows, PICTURE)
+        draw(rows, PICTURE, BETA)
 
 
 if __name__ == "__main__":

@@ -3,20 +3,38 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trl import DPOConfig
+
 from prefopt_cli.chain.settings import ChainStage
 from prefopt_cli.models.ancestry import run_dimension
 from prefopt_cli.models.ancestry_checks import ancestors_of
-from prefopt_cli.models.policy import PolicySource, has_fingerprint
+from prefopt_cli.models.policy import PolicySource, has_fingerprint, policy_of_run
 from prefopt_cli.recipe import diff_recipes, load_recipe
 from prefopt_cli.recipe.problems import shown
 from prefopt_cli.recipe.schema import Alignment, GPOSettings, Recipe, SequentialSettings
+from prefopt_cli.recipe.schemes import Progress
 from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.training.preparation import training_field
 from prefopt_cli.training.resume import MAY_CHANGE
 
 Manifest = Mapping[str, Any]
 
 OF_ITS_PLACE = ("name", "previous", "lambdas", "adapter_per_stage")
 """Settings of an alignment loss that say whether earlier stages are known, and which."""
+
+EVALUATION = {
+    f"training.{name}"
+    for name in (
+        "eval_strategy",
+        "eval_steps",
+        "eval_delay",
+        "eval_on_start",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+    )
+}
+"""When a run evaluates and saves, which touches the policy only where it ends with its best checkpoint."""
 
 
 def recipe_changes(
@@ -41,17 +59,36 @@ def recipe_changes(
         changes.append(f"it is about {dimension}")
     own, old = (_comparable(each, stage.recipe, earlier) for each in (stage.recipe, load_recipe(run.recipe)))
     now, then = own.model_dump(), old.model_dump()
+    may_change = MAY_CHANGE - EVALUATION if ends_with_the_best(own) else MAY_CHANGE | EVALUATION
     another_place = own.method.alignment.name != old.method.alignment.name
     if another_place:
         changes.append(f"it was {'not ' if not earlier else ''}the first stage")
+    another_kind = (own.method is own.method.alignment) != (old.method is old.method.alignment)
+    if another_kind:
+        changes.append(f"method.name is {shown(own.method.name)} and was {shown(old.method.name)}")
     for key in diff_recipes(own, old):
-        setting = key.removeprefix("method.").removeprefix("align.").partition(".")[0]
-        if key not in MAY_CHANGE and not (another_place and setting in OF_ITS_PLACE):
+        section, _, rest = key.partition(".")
+        setting = rest.removeprefix("align.").partition(".")[0]
+        if section == "method" and (another_kind or (another_place and setting in OF_ITS_PLACE)):
+            continue
+        if key not in may_change and not _only_written_out(section, rest, own, old):
             value, old_value = _at(now, key), _at(then, key)
             changes.append(
                 f"{key} differs" if value == old_value else f"{key} is {value} and was {old_value}"
             )
     return changes
+
+
+def ends_with_the_best(recipe: Recipe) -> bool:
+    """Whether the held-out sets decide which checkpoint becomes the policy."""
+    return bool(recipe.training.get("load_best_model_at_end"))
+
+
+def _only_written_out(section: str, name: str, own: Recipe, old: Recipe) -> bool:
+    """Whether a training field has its default in both recipes, though one of them leaves it out."""
+    if section != "training" or name not in DPOConfig.__dataclass_fields__:
+        return False
+    return bool(training_field(own.training, name) == training_field(old.training, name))
 
 
 def _at(data: Any, key: str) -> str:
@@ -66,10 +103,16 @@ def _at(data: Any, key: str) -> str:
     return "not set"
 
 
-def data_changes(manifest: Manifest, fingerprints: Mapping[str, str], *, finished: bool) -> list[str]:
-    """Whether the tokens that a run was trained on are others now; of one that goes on, the held-out sets count too."""
+def data_changes(
+    manifest: Manifest, fingerprints: Mapping[str, str], stage: ChainStage, *, finished: bool
+) -> list[str]:
+    """Whether the tokens that a run was trained on are others now.
+
+    Held-out sets count where they choose the policy, and for a run that goes on, which keeps to its own.
+    """
     known = manifest.get("data", {})
-    names = ["train"] if finished else sorted({*known, *fingerprints})
+    trained_only = finished and not ends_with_the_best(stage.recipe)
+    names = ["train"] if trained_only else sorted({*known, *fingerprints})
     changed = [name for name in names if known.get(name) != fingerprints.get(name)]
     return [f"the data of {', '.join(changed)} has changed"] if changed else []
 
@@ -98,9 +141,19 @@ def start_changes(manifest: Manifest, start: PolicySource, before: tuple[str, Ru
     dimension, run = before
     parent = (ancestors_of(manifest) or [{}])[-1]
     began = lineage.get("merged_from") or lineage.get("fingerprint")
-    if parent.get("run_id") == run.read_manifest().get("run_id") and has_fingerprint(start, began):
+    if parent.get("run_id") != run.read_manifest().get("run_id"):
+        return [f"it was trained from another policy than that of stage {dimension} ({run.path})"]
+    if not has_fingerprint(start, began):
+        return [f"the policy of stage {dimension} ({run.path}) has changed since it was trained from it"]
+    return []
+
+
+def policy_changes(run: RunFolder, manifest: Manifest, progress: Progress) -> list[str]:
+    """Whether a finished run's policy is another than the one that it exported."""
+    recorded = manifest.get("policy")
+    if recorded is None or has_fingerprint(policy_of_run(run, progress), recorded):
         return []
-    return [f"it was trained from another policy than that of stage {dimension} ({run.path})"]
+    return [f"its policy ({run.model}) has changed since it was trained"]
 
 
 def with_alignment(recipe: Recipe, settings: Alignment) -> Recipe:
@@ -121,12 +174,12 @@ def with_places(recipe: Recipe, output_dir: str, previous: Sequence[str]) -> Rec
     return with_alignment(changed, settings.model_copy(update={"previous": list(previous)}))
 
 
-def as_first_stage(recipe: Recipe, start: str, chat_template: str | None) -> Recipe:
+def as_first_stage(recipe: Recipe, first: Recipe, chat_template: str | None) -> Recipe:
     """A recipe that reads the same data without asking for earlier stages, which may not be trained yet.
 
     Args:
         recipe: of any stage.
-        start: what the chain's first stage starts from.
+        first: of the chain's first stage, whose start and adapter it takes over.
         chat_template: what the stage's tokenizer will have from the stages before it.
     """
     settings = recipe.method.alignment
@@ -134,8 +187,10 @@ def as_first_stage(recipe: Recipe, start: str, chat_template: str | None) -> Rec
         shared = {name: getattr(settings, name) for name in GPOSettings.model_fields if name != "name"}
         recipe = with_alignment(recipe, GPOSettings(name="gpo", **shared))
     template = recipe.model.chat_template or chat_template
-    model = recipe.model.model_copy(update={"name_or_path": start, "chat_template": template})
-    return recipe.model_copy(update={"model": model})
+    model = recipe.model.model_copy(
+        update={"name_or_path": first.model.name_or_path, "chat_template": template}
+    )
+    return recipe.model_copy(update={"model": model, "adapter": first.adapter})
 
 
 def _comparable(recipe: Recipe, places: Recipe, earlier: Sequence[str]) -> Recipe:

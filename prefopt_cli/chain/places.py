@@ -1,9 +1,10 @@
 """Where a chain's runs lie: in its own folder, or where they were moved to."""
 
 import json
+from pathlib import Path
 from typing import Any
 
-from prefopt_cli.chain.settings import PLAN_FILE, Chain, ChainStage
+from prefopt_cli.chain.settings import PLAN_FILE, RETENTION_FILES, Chain, ChainStage
 from prefopt_cli.errors import UserError
 from prefopt_cli.models.ancestry_checks import ancestors_of
 from prefopt_cli.runs.finding import RunFinder
@@ -35,15 +36,48 @@ def locate_runs(chain: Chain, runs: RunFinder) -> list[RunFolder | None]:
     Raises:
         UserError: one that a later stage was trained from is neither in its place nor found elsewhere.
     """
-    recorded = read_record(chain).get("stages", [])
-    known = {each.get("dimension"): each.get("run_id") for each in recorded}
+    known = recorded_runs(chain)
     return [_locate(chain, stage, runs, known.get(stage.dimension)) for stage in chain.stages]
+
+
+def require_own_run(chain: Chain, stage: ChainStage, reason: str) -> None:
+    """Refuse to replace a run that the chain has never taken for its own.
+
+    Args:
+        chain, stage: whose folder holds the run.
+        reason: why the run is not what the stage wants.
+
+    Raises:
+        UserError: chain.json says nothing of the stage.
+    """
+    if stage.dimension in recorded_runs(chain):
+        return
+    raise UserError(
+        f"{chain.run_folder(stage)} holds a run that this chain did not make and cannot use, because {reason}. Move it "
+        "away, or choose another output_dir; --overwrite replaces it, and trains all stages anew."
+    )
+
+
+def recorded_runs(chain: Chain) -> dict[str, str | None]:
+    """The run ids in chain.json by dimension; None for a stage that had not begun when it was written."""
+    stages = read_record(chain).get("stages")
+    known = [each for each in stages if isinstance(each, dict)] if isinstance(stages, list) else []
+    return {str(each.get("dimension")): each.get("run_id") for each in known}
 
 
 def read_record(chain: Chain) -> dict[str, Any]:
     """chain.json as the last run of the chain left it; empty where there is none that can be read."""
+    return _read(chain.folder / PLAN_FILE)
+
+
+def read_table(chain: Chain) -> dict[str, Any]:
+    """The retention table that the chain keeps; empty where there is none that can be read."""
+    return _read(chain.folder / RETENTION_FILES[0])
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads((chain.folder / PLAN_FILE).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

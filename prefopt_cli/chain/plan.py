@@ -1,17 +1,19 @@
 """What a chain has to do: each stage's action and its reason, decided by content before anything is trained."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from accelerate import PartialState
 
 from prefopt_cli.chain import content
-from prefopt_cli.chain.places import locate_runs, require_usable_folder
+from prefopt_cli.chain.places import locate_runs, recorded_runs, require_own_run, require_usable_folder
 from prefopt_cli.chain.scores import NeededScores, needed_scores
 from prefopt_cli.chain.settings import BASE, Chain, ChainStage
 from prefopt_cli.errors import UserError
+from prefopt_cli.models.adapters import require_stackable
+from prefopt_cli.models.loading import on_meta_device
 from prefopt_cli.models.policy import PolicySource, describe_reference, find_policy, policy_of_run
-from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.recipe.schema import LoraAdapter, Recipe, SequentialSettings
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.scoring.choice import scores_depend_on_batch
@@ -122,9 +124,9 @@ class _Planning:
         """
         own = RunFolder(self.chain.run_folder(stage))
         self.chat_template = stage.recipe.model.chat_template or self.chat_template
-        start = self.chain.stages[0].recipe.model.name_or_path
-        stand_in = content.as_first_stage(stage.recipe, start, self.chat_template)
+        stand_in = content.as_first_stage(stage.recipe, self.chain.stages[0].recipe, self.chat_template)
         prepared = prepare(stand_in, self.reporter)
+        self._require_sound_adapter(stage.recipe)
         _require_steady_scores(prepared)
         objective = find_objective(stand_in.method, self.chain.recipe_folder)
         args = training_arguments(stage.recipe, own, evaluates=bool(prepared.tokens.eval))
@@ -136,6 +138,8 @@ class _Planning:
             at = own
             if own.is_run():
                 _require_not_held(own)
+                if not self.overwrite:
+                    require_own_run(self.chain, stage, reason)
                 action, reason = "retrain", "--overwrite was given" if self.overwrite else reason
         recipe = content.with_places(stage.recipe, str(at.path), [str(step.run.path) for step in self.steps])
         scores = None
@@ -156,13 +160,14 @@ class _Planning:
     ) -> tuple[Action, str]:
         """The action and why."""
         if run is None:
-            return "train", "it has not been trained yet"
+            return "train", self._why_without_run(stage)
         manifest = run.read_manifest()
         finished = manifest.get("status") == "finished" and run.model.is_dir()
         changes = content.recipe_changes(run, manifest, stage, [step.stage.dimension for step in self.steps])
-        changes += content.data_changes(manifest, fingerprints, finished=finished)
+        changes += content.data_changes(manifest, fingerprints, stage, finished=finished)
         changes += content.function_changes(manifest, figures, stage)
         changes += self._changes_before(manifest)
+        changes += content.policy_changes(run, manifest, self.reporter.progress) if finished else []
         if changes:
             return "retrain", "; ".join(changes)
         moved = "" if run.path == self.chain.run_folder(stage) else f"; its run was found in {run.path}"
@@ -172,6 +177,24 @@ class _Planning:
         step = checkpoint.name.removeprefix("checkpoint-") if checkpoint else None
         saved = f"there is a checkpoint of step {step}" if step else "there is no checkpoint yet"
         return "resume", f"it was begun and not finished; {saved}{moved}"
+
+    def _require_sound_adapter(self, recipe: Recipe) -> None:
+        """Refuse now the adapter of a later stage that does not fit the model, or what the chain starts from."""
+        base, settings = self.policies[0][1], recipe.method.alignment
+        if not (isinstance(recipe.adapter, LoraAdapter) and isinstance(settings, SequentialSettings)):
+            return
+        assert base is not None  # the base is there
+        before = self.chain.stages[: len(self.steps)]
+        stays_adapter = all(isinstance(each.recipe.adapter, LoraAdapter) for each in before)
+        if settings.adapter_per_stage == "new" and stays_adapter:
+            require_stackable(base, recipe.adapter)
+        on_meta_device(replace(base, adapter=None), recipe.model, recipe.adapter)
+
+    def _why_without_run(self, stage: ChainStage) -> str:
+        own, run_id = self.chain.run_folder(stage), recorded_runs(self.chain).get(stage.dimension)
+        if run_id is None or self.overwrite:
+            return "it has not been trained yet"
+        return f"its run (run id {run_id}) is not in {own} any more; if it was moved, name the folder with --runs-dir"
 
     def _changes_before(self, manifest: dict[str, Any]) -> list[str]:
         """Whether the stages before are, or will be, others than those that a run came after."""

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
-from prefopt_cli.chain.places import read_record
+from prefopt_cli.chain.places import read_record, read_table
 from prefopt_cli.chain.plan import Plan, Step
 from prefopt_cli.chain.record import stages_now, write_record
 from prefopt_cli.chain.settings import RETENTION_FILES
@@ -19,6 +20,8 @@ from prefopt_cli.recipe import dump_recipe
 from prefopt_cli.runs import atomic
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.training.callbacks import stopping_gently
+from prefopt_cli.training.frozen_policies import ScoringStopped
 from prefopt_cli.training.outcome import Outcome
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.run import train
@@ -39,20 +42,21 @@ class ChainOutcome:
     """Of the last stage that was trained; None where all were skipped."""
     retention: dict[str, Any] | None = None
     """Which run and which data the retention table is about, as chain.json keeps it."""
+    stopped_scoring: int | None = None
+    """The signal that came while a table was computed."""
 
     @property
     def signal(self) -> int | None:
         """The signal that interrupted it."""
-        return self.last.signal if self.last else None
+        return self.stopped_scoring or (self.last.signal if self.last else None)
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        table = self.plan.chain.folder / RETENTION_FILES[0]
-        known = self.retention is not None and table.is_file()
+        table = read_table(self.plan.chain) if self.retention is not None else {}
         return {
             "status": self.status,
             "stages": stages_now(self.plan, self.begun),
-            "retention": json.loads(table.read_text(encoding="utf-8")) if known else None,
+            "retention": table or None,
         }
 
 
@@ -81,7 +85,7 @@ def run_plan(plan: Plan, *, reporter: Reporter, runs: RunFinder, told: Told) -> 
                 break
         else:
             _keep_table_up_to_date(outcome, reporter, runs, told)
-            outcome.status = "finished"
+            outcome.status = "interrupted" if outcome.signal else "finished"
     except BaseException as error:
         outcome.status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         with suppress(PrefoptError):  # the disk may be the very thing that is full
@@ -113,16 +117,23 @@ def _do(step: Step, outcome: ChainOutcome, reporter: Reporter, runs: RunFinder, 
     )
     _wait()  # for the main process, which has written what the others are about to read
     outcome.last = done
-    table = _table(step, outcome, reporter, runs) if done.status == "finished" else None
+    goes_on = done.status == "finished" and not any(gather_object([done.signal]))
+    table = _table(step, outcome, reporter, runs) if goes_on else None
     _record(outcome)
     told(step, done, table)
-    return done.status == "finished"
+    return table is not None
 
 
-def _table(step: Step, outcome: ChainOutcome, reporter: Reporter, runs: RunFinder) -> Retention:
-    """The retention table up to this stage, written into the chain's folder."""
+def _table(step: Step, outcome: ChainOutcome, reporter: Reporter, runs: RunFinder) -> Retention | None:
+    """The retention table up to this stage, written into the chain's folder; None where a signal came."""
     dataset = step.recipe.model_dump(mode="json")["dataset"]
-    found = retention(step.run, reporter, runs, overrides=[f"dataset={json.dumps(dataset)}"])
+    overrides = [f"dataset={json.dumps(dataset)}"]
+    with stopping_gently() as stop:
+        try:
+            found = retention(step.run, reporter, runs, overrides=overrides, stopping=stop.asked)
+        except ScoringStopped:
+            outcome.stopped_scoring = stop.received
+            return None
     if _is_main():
         found.write(outcome.plan.chain.folder)
     outcome.retention = _about(step)
@@ -133,7 +144,7 @@ def _keep_table_up_to_date(outcome: ChainOutcome, reporter: Reporter, runs: RunF
     """Make the table anew where no stage was trained and it is not about these runs and these held-out sets."""
     plan = outcome.plan
     missing = [name for name in RETENTION_FILES if not (plan.chain.folder / name).is_file()]
-    if missing or outcome.retention != _about(plan.steps[-1]):
+    if missing or not read_table(plan.chain) or outcome.retention != _about(plan.steps[-1]):
         told(plan.steps[-1], None, _table(plan.steps[-1], outcome, reporter, runs))
 
 

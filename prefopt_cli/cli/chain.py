@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prefopt_cli.cli.common import (
+    SIGNAL_EXIT_BASE,
     DebugOption,
     JsonOption,
     main_process,
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from prefopt_cli.training.reporting import Reporter
 
 EPILOG = "Example: prefopt chain recipes/chain-sandbox.yaml --dry-run"
-
-SIGNAL_EXIT_BASE = 128
 
 
 def chain(
@@ -83,11 +82,17 @@ def chain(
         return
     from prefopt_cli.chain.run import run_plan
 
-    with _reporting(receipts=True) as reporter:
-        outcome = run_plan(plan, reporter=reporter, runs=runs, told=_told(quiet=json or not main_process()))
-        leave_together()
+    told, again = _told(quiet=json or not main_process()), _command(file, overrides or [], runs_dir)
+    try:
+        with _reporting(receipts=True) as reporter:
+            outcome = run_plan(plan, reporter=reporter, runs=runs, told=told)
+            leave_together()
+    except KeyboardInterrupt:  # not in training, or a second time
+        if main_process():
+            print_line(standard_error(), f"What is done is kept. Go on with:\n  {again}")
+        raise
     if main_process():
-        _print_outcome(outcome, as_json=json, again=_command(file, overrides or [], runs_dir))
+        _print_outcome(outcome, as_json=json, again=again)
     raise typer.Exit(0 if outcome.signal is None else SIGNAL_EXIT_BASE + outcome.signal)
 
 
@@ -153,10 +158,16 @@ def _print_outcome(outcome: "ChainOutcome", *, as_json: bool, again: str) -> Non
 
         typer.echo(dumps(outcome.to_dict()))
     folder = outcome.plan.chain.folder
-    if outcome.status == "interrupted" and outcome.last is not None:
+    if outcome.stopped_scoring:
+        print_line(
+            standard_error(), f"Stopped while the retention table was computed. Go on with:\n  {again}"
+        )
+    elif outcome.status == "interrupted" and outcome.last is not None:
         done = outcome.last
         where = (
-            f"at step {done.step} of {done.total_steps}; a checkpoint was saved"
+            "after its last step"
+            if done.status == "finished"
+            else f"at step {done.step} of {done.total_steps}; a checkpoint was saved"
             if done.total_steps
             else "while scoring with frozen policies; what is done is kept"
         )
@@ -164,7 +175,7 @@ def _print_outcome(outcome: "ChainOutcome", *, as_json: bool, again: str) -> Non
     elif not as_json:
         console, last = standard_output(), outcome.plan.steps[-1].run
         if outcome.last is None:
-            print_line(console, "All stages are finished: nothing to do.")
+            print_line(console, "All stages were finished before: nothing was trained.")
         print_line(console, f"Policy:    {last.model}")
         print_line(console, f"Retention: {folder / 'retention.csv'} (and .json, .png)")
 

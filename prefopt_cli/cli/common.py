@@ -36,6 +36,10 @@ DebugOption = Annotated[
 ]
 
 
+SIGNAL_EXIT_BASE = 128
+"""A command that a signal stopped exits with this and the signal's number, as shells have it."""
+
+
 def standard_output() -> "Console":
     """Results go here."""
     from rich.console import Console

@@ -1,10 +1,11 @@
 """`prefopt lineage`."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from prefopt_cli.cli.common import DebugOption, JsonOption, RunsDirOption, standard_output
+from prefopt_cli.cli.common import DebugOption, JsonOption, RunsDirOption, main_process, standard_output
 from prefopt_cli.cli.tables import print_hanging
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ def lineage(
     from prefopt_cli.runs.finding import RunFinder
 
     found = find_lineage(run, RunFinder(runs_dir))
+    if not main_process():
+        return
     if json:
         from json import dumps
 
@@ -68,12 +71,21 @@ def _details(step: "Step", reference: str | None) -> list[tuple[str, str]]:
     trained = f"adapter {step.adapter}" if step.adapter else "all weights"
     train = step.data.get("train")
     return [
+        *(
+            [("start", f"merged into {step.merged_start} ({_whether_there(step)})")]
+            if step.merged_start
+            else []
+        ),
         ("method", _method(step)),
         ("trained", trained),
         *([("reference", reference)] if reference else []),
         ("data", f"train {train[:SHORT]}" if train else "not recorded"),
         ("run", f"{step.run} (id {step.run_id[:SHORT]})" if step.run_id else step.run),
     ]
+
+
+def _whether_there(step: "Step") -> str:
+    return "there" if Path(str(step.merged_start)).is_dir() else "gone"
 
 
 def _method(step: "Step") -> str:
@@ -88,6 +100,6 @@ def _method(step: "Step") -> str:
     parts += [f"lambda {name} {value:g}" for name, value in step.lambdas.items()]
     if alignment.get("length_normalize"):
         parts.append("log-ratios per token")
-    if alignment.get("adapter_per_stage") == "new" and step.adapter:
+    if alignment.get("adapter_per_stage") == "new" and step.adapter and not step.merged_start:
         parts.append("a new adapter on top")
     return ", ".join(parts)

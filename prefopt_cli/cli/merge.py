@@ -1,5 +1,6 @@
 """`prefopt merge`."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,6 +14,7 @@ from prefopt_cli.cli.common import (
     standard_error,
     standard_output,
 )
+from prefopt_cli.errors import UserError
 
 if TYPE_CHECKING:
     from prefopt_cli.evaluation.merge_check import Merged
@@ -55,6 +57,10 @@ def merge(
     A sample of pairs is scored by the policy as it was trained and by the folder as plain transformers loads it.
     Above the tolerance nothing is written.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # they would all write into the same folder
+        raise UserError(
+            "prefopt merge is the work of one process. Run it without torchrun or accelerate launch."
+        )
     prepare_libraries()
     from prefopt_cli.cli.progress import reporter_for
     from prefopt_cli.evaluation.merge_check import MergeSettings, merge_run

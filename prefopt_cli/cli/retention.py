@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prefopt_cli.cli.common import (
+    SIGNAL_EXIT_BASE,
     DebugOption,
     JsonOption,
-    OverridesArgument,
     RunsDirOption,
+    main_process,
     prepare_libraries,
     standard_error,
     standard_output,
@@ -37,7 +38,14 @@ def retention(
     run: Annotated[
         str, typer.Argument(metavar="RUN", help="The last stage's run folder.", show_default=False)
     ],
-    overrides: OverridesArgument = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Fields to set over the recipe's, such as 'dataset.eval={helpful: FILE, harmless: FILE}'.",
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -59,17 +67,34 @@ def retention(
     prepare_libraries()
     from prefopt_cli.cli.progress import reporter_for
     from prefopt_cli.evaluation.retention import retention as measured
+    from prefopt_cli.models.merging import require_writable
     from prefopt_cli.runs.finding import RunFinder
+    from prefopt_cli.training.callbacks import stopping_gently
+    from prefopt_cli.training.frozen_policies import ScoringStopped
+    from prefopt_cli.training.processes import leave_together
+    from prefopt_cli.training.reporting import Silent
 
-    reporter = reporter_for(standard_error(), receipts=False)
+    reporter = reporter_for(standard_error(), receipts=False) if main_process() else Silent()
     try:
         runs = RunFinder(runs_dir)
         last = runs.find(run, key="RUN")
-        found = measured(last, reporter, runs, overrides=overrides or ())
+        folder = output.expanduser() if output else last.evaluation("retention")
+        require_writable(folder, key="--output" if output else "RUN: the folder")
+        with stopping_gently() as stop:
+            found = measured(last, reporter, runs, overrides=overrides or (), stopping=stop.asked)
+    except ScoringStopped:
+        reporter.message("Stopped. What was scored is in the cache, and the same command goes on from there.")
+        leave_together()
+        raise typer.Exit(SIGNAL_EXIT_BASE + (stop.received or 0)) from None
     finally:
         reporter.close()
-    folder = output.expanduser() if output else last.evaluation("retention")
-    found.write(folder)
+    try:
+        if main_process():
+            found.write(folder)
+    finally:
+        leave_together()
+    if not main_process():
+        return
     if json:
         from json import dumps
 
@@ -141,7 +166,8 @@ def _notes(retention: "Retention") -> list[str]:
 
 def _text(estimate: "Estimate", *, percent: bool = False, signed: bool = False) -> str:
     """`1.23 [1.10, 1.36]`."""
-    scale, digits = (100, 1) if percent else (1, 2)
+    small = 0 < max(map(abs, estimate)) < 0.1
+    scale, digits = (100, 1) if percent else (1, 4 if small else 2)
     # Adding zero makes a zero of one that was rounded from below.
     value, low, high = (round(scale * part, digits) + 0.0 for part in estimate)
     plus = "+" if signed and value else ""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefopt_cli.cli.common import (
+    SIGNAL_EXIT_BASE,
     DebugOption,
     JsonOption,
     OverridesArgument,
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from prefopt_cli.training.run import Outcome
 
 EPILOG = "Example: prefopt train recipes/gpo-hh.yaml method.beta=0.05"
-
-SIGNAL_EXIT_BASE = 128
 
 
 def train(
@@ -80,14 +79,14 @@ def train(
             else "while scoring with the reference policy; what is done is kept"
         )
         console.print(
-            f"Stopped {where}. Go on with:\n  {resume_command(recipe, overrides or [])}",
+            f"Stopped {where}. Go on with:\n  {resume_command(recipe, overrides or [], runs_dir)}",
             markup=False,
             soft_wrap=True,
         )
     raise typer.Exit(_exit_code(outcome))
 
 
-def resume_command(recipe: str, overrides: list[str]) -> str:
+def resume_command(recipe: str, overrides: list[str], runs_dir: Path | None) -> str:
     """The command line that goes on with a run."""
     import os
     import shlex
@@ -95,7 +94,8 @@ def resume_command(recipe: str, overrides: list[str]) -> str:
     # Under a launcher, each process sees how many there are.
     launched = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "prefopt_cli"]
     program = launched if os.environ.get("WORLD_SIZE", "1") != "1" else ["prefopt"]
-    return shlex.join([*program, "train", recipe, *overrides, "--resume"])
+    moved = ["--runs-dir", str(runs_dir)] if runs_dir else []
+    return shlex.join([*program, "train", recipe, *overrides, *moved, "--resume"])
 
 
 def _exit_code(outcome: "Outcome") -> int:

@@ -21,6 +21,8 @@ CELL = (1.35, 0.62)
 """Inches."""
 WIDE = 4
 """Columns; wider panels stand one below the other."""
+LONGEST = 40
+"""Characters of a name; longer ones lose their middle, which would take the room of the cells."""
 
 
 class Panel(NamedTuple):
@@ -47,26 +49,27 @@ def heat_map(
         centres: for each panel the value that is neither good nor bad.
         marked: (row, column) of the cells to be framed.
     """
+    rows, columns = ([_shortened(name) for name in names] for names in (rows, columns))
     down, across = (len(panels), 1) if len(columns) > WIDE else (1, len(panels))
     width = CELL[0] * len(columns) + 0.09 * max(map(len, rows)) + 1.3
-    height = CELL[1] * len(rows) + 1.4
+    height = CELL[1] * len(rows) + 0.03 * max(map(len, columns)) + 1.3
     figure = Figure(figsize=(width * across, height * down), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(down, across, squeeze=False).flatten()
     for axes, panel, centre in zip(all_axes, panels, centres, strict=True):
         _draw(figure, axes, panel, centre)
-        axes.set_xticks(range(len(columns)), columns, rotation=20, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(len(rows)), rows)
+        # Names are no formulas, whatever signs they hold.
+        slanted = {"rotation": 20, "ha": "right", "rotation_mode": "anchor"}
+        axes.set_xticks(range(len(columns)), columns, parse_math=False, **slanted)
+        axes.set_yticks(range(len(rows)), rows, parse_math=False)
         axes.set_xlabel("held-out set")
         axes.set_ylabel("after stage")
         for row, column in marked:
             axes.add_patch(
                 Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=2.5, clip_on=False)
             )
-    if marked:
-        figure.supxlabel(
-            "framed: the dimension that the stage trained; in brackets: 95 % interval", fontsize=8
-        )
+    framed = "framed: the dimension that the stage trained; " if marked else ""
+    figure.supxlabel(f"{framed}in brackets: 95 % interval", fontsize=8)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=DPI)
     return drawn.getvalue()
@@ -93,8 +96,14 @@ def _draw(figure: Figure, axes: Axes, panel: Panel, centre: float) -> None:
             )
 
 
+def _shortened(name: str) -> str:
+    half = LONGEST // 2
+    return name if len(name) <= LONGEST else f"{name[: half - 1]}…{name[-half:]}"
+
+
 def _text(estimate: Estimate) -> str:
     """The value and, where there is one, its interval below."""
-    digits = 1 if max(map(abs, estimate)) >= 10 else 2
+    largest = max(map(abs, estimate))
+    digits = 1 if largest >= 10 else 4 if 0 < largest < 0.1 else 2
     value, low, high = (f"{round(part, digits) + 0.0:.{digits}f}" for part in estimate)
     return value if estimate.low == estimate.high else f"{value}\n[{low}, {high}]"

@@ -129,7 +129,7 @@ def merge_run(
             "scoring with the merged model",
         )
         difference = compare.difference(before, after)
-        _require_equal(difference, settings)
+        _require_equal(difference, settings, quantised=merging.is_quantised(config))
     return Merged(out, settings.dtype, record, difference, settings.tolerance)
 
 
@@ -185,14 +185,14 @@ class _Comparison:
         )
 
 
-def _require_equal(found: Difference, settings: MergeSettings) -> None:
+def _require_equal(found: Difference, settings: MergeSettings, *, quantised: bool) -> None:
     if found.max <= settings.tolerance:  # not a number is not
         return
-    hint = (
-        f" {settings.dtype} rounds every weight; if that is what you want, raise --tolerance, or export float32."
-        if settings.dtype != "float32"
-        else " With weights of a few bits this is their rounding; raise --tolerance if you accept it."
-    )
+    hint = ""
+    if settings.dtype != "float32":
+        hint = f" {settings.dtype} rounds every weight; if that is what you want, raise --tolerance, or export float32."
+    elif quantised:
+        hint = " With weights of a few bits this is their rounding; raise --tolerance if you accept it."
     raise PrefoptError(
         f"The merged model is not the run's policy: over {found.responses} responses the log-probabilities differ by "
         f"up to {found.max:.3g} nats ({found.max_per_token:.2g} per token; mean {found.mean:.2g}), and the tolerance "

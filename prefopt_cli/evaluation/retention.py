@@ -4,7 +4,8 @@ The policies are the base, which the first stage began with, and the one that ea
 about the held-out sets of the last stage's recipe.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from prefopt_cli.models.ancestry import line_of, run_dimension
 from prefopt_cli.models.ancestry_checks import require_unchanged
 from prefopt_cli.models.policy import PolicySource, find_policy, has_fingerprint, policy_of_run
 from prefopt_cli.recipe import load_recipe
-from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.recipe.schema import ModelSettings, Recipe
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.scoring.choice import scores_depend_on_batch
@@ -42,6 +43,9 @@ SCORING_FIELDS = (
 )
 """Training fields that scores depend on. The others, such as an optimizer's package, need not work here."""
 
+WITHOUT_EFFECT = ("adapter", "dimension", "method", "model.name_or_path", "model.revision", "output_dir")
+"""Fields that the runs have settled: to set them over here would change nothing."""
+
 
 def retention(
     run: RunFolder,
@@ -61,9 +65,12 @@ def retention(
         stopping: whether a signal has asked to stop.
 
     Raises:
-        UserError: a run is gone, unfinished or another than it was, or there is no held-out set to read.
+        UserError: a run is gone, unfinished or another than it was, there is no held-out set to read, or an override
+            is about what the runs have settled.
         ScoringStopped: a signal came; what was scored until then is in the cache.
     """
+    overrides = tuple(overrides)
+    _require_effect(overrides)
     recipe = load_recipe(run.recipe, overrides)
     _require_sets(recipe, run)
     chain, policies, revision = _policies(run, runs or RunFinder(), reporter)
@@ -111,7 +118,7 @@ def _policies(
     require_unchanged(line, policies)
     first, manifest = line[0]
     start = load_recipe(first.recipe).model
-    base = find_policy(start, reporter.progress)
+    base = _base(manifest.get("lineage", {}), start, reporter)
     if not has_fingerprint(base, manifest.get("lineage", {}).get("fingerprint")):
         raise UserError(
             f"The policy that {first.path} began with, {base.describe()}, has changed since, and all stages are "
@@ -128,6 +135,23 @@ def _policies(
         for number, (name, (each, found)) in enumerate(zip(dimensions, line, strict=True), 1)
     ]
     return [Stage(BASE), *stages], [base, *policies], start.revision
+
+
+def _base(lineage: Mapping[str, Any], start: ModelSettings, reporter: Reporter) -> PolicySource:
+    """What the first run began with: the folder that was written down, which other working directories have, too."""
+    adapter = Path(lineage["adapter"]) if lineage.get("adapter") else None
+    recorded = PolicySource(lineage.get("weights", ""), adapter, None, lineage.get("name"))
+    return recorded if recorded.is_local else find_policy(start, reporter.progress)
+
+
+def _require_effect(overrides: Sequence[str]) -> None:
+    for each in overrides:
+        key = each.partition("=")[0].strip()
+        if any(key == name or key.startswith(f"{name}.") for name in WITHOUT_EFFECT):
+            raise UserError(
+                f"override {each!r}: the runs have settled {key}, and the table is of them as they are. Held-out sets "
+                "may be set (dataset.eval), and how the policies are computed (training, model.dtype)."
+            )
 
 
 def _require_sets(recipe: Recipe, run: RunFolder) -> None:
@@ -165,6 +189,7 @@ def _read(recipe: Recipe, tokenizer: Any, config: Any, reporter: Reporter) -> da
     return tokens
 
 
-def _prompts(rows: Dataset) -> list[bytes]:
-    """What tells the prompts of a set apart."""
-    return [np.asarray(ids, dtype=np.int32).tobytes() for ids in rows["prompt_ids"]]
+def _prompts(rows: Dataset) -> list[int]:
+    """For every row the number of its prompt, the same where the prompts are."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return [numbers.setdefault(tuple(ids), len(numbers)) for ids in rows["prompt_ids"]]

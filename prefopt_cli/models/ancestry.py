@@ -127,13 +127,15 @@ def run_dimension(run: RunFolder, manifest: Mapping[str, Any]) -> str:
 
 def as_ancestor(run: RunFolder, manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What a later run writes down of this one, `ended_with` aside: its policy's fingerprint."""
+    lineage = manifest.get("lineage", {})
     return {
         "run": str(run.path.absolute()),
         "run_id": manifest.get("run_id"),
         "dimension": run_dimension(run, manifest),
         "method": manifest.get("method"),
         "data": manifest.get("data"),
-        "started_from": manifest.get("lineage", {}).get("fingerprint"),
+        "started_from": lineage.get("fingerprint"),
+        "merged_start": lineage.get("weights") if lineage.get("merged_from") else None,
     }
 
 
@@ -233,14 +235,13 @@ def _start_of(
         UserError: it is not there any more, or has changed.
     """
     lineage = manifest["lineage"]
-    recorded = PolicySource(
-        lineage["weights"], Path(lineage["adapter"]) if lineage["adapter"] else None, None, lineage["name"]
-    )
+    name, adapter = lineage.get("name"), lineage.get("adapter")
+    recorded = PolicySource(lineage["weights"], Path(adapter) if adapter else None, None, name)
     ancestors = ancestors_of(manifest)
     if ancestors and not lineage.get("merged_from"):  # another run's policy; its folder may have been moved
         parent = runs.find(ancestors[-1]["run"], ancestors[-1].get("run_id"), f"the start of {run.path}")
         recorded = policy_of_run(parent, progress, key=f"the start of {run.path}")
-    elif lineage["name"] and not recorded.is_local and (named := find_scheme(lineage["name"], "model")):
+    elif name and not recorded.is_local and (named := find_scheme(name, "model")):
         recorded = replace(recorded, weights=str(named.scheme.model_folder(named.name, progress)))
     if not has_fingerprint(recorded, lineage["fingerprint"]):
         raise UserError(

@@ -18,7 +18,7 @@ Found = tuple[RunFolder, dict[str, Any]]
 
 def ancestors_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The runs that a run's policy went through, the oldest first."""
-    found = manifest.get("lineage", {}).get("ancestors", [])
+    found = (manifest.get("lineage") or {}).get("ancestors")
     return found if isinstance(found, list) else []
 
 
@@ -65,7 +65,7 @@ def require_no_cycle(previous: Sequence[str], output_dir: str, key: str) -> None
     """Refuse a stage that is to come after itself.
 
     Raises:
-        UserError: its own folder is among the earlier ones, or one of these stands there twice.
+        UserError: its own folder is among the earlier ones or in one of them, or one of these stands there twice.
     """
     own = Path(output_dir).expanduser().resolve()
     seen: set[Path] = set()
@@ -75,6 +75,10 @@ def require_no_cycle(previous: Sequence[str], output_dir: str, key: str) -> None
             raise UserError(
                 f"{key}: {name} is this run's own output_dir, and a stage cannot come after itself. Choose another "
                 "output_dir."
+            )
+        if own.is_relative_to(path):
+            raise UserError(
+                f"{key}: output_dir {output_dir} lies in {name}, the run of an earlier stage. Choose another one."
             )
         if path in seen:
             raise UserError(f"{key}: {name} is named twice; a stage cannot come after itself.")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.models.ancestry import run_dimension
+from prefopt_cli.models.ancestry import as_ancestor
 from prefopt_cli.models.ancestry_checks import ancestors_of
 from prefopt_cli.models.policy import (
     MERGE_RECORD,
@@ -37,6 +37,8 @@ class Step:
     """sha256 of the tokens of every set."""
     adapter: str | None
     """The folder of the adapter that it trained; None where it trained all weights."""
+    merged_start: str | None
+    """The merged model that it began with; None where it began with the policy before it as that was."""
     state: str
     """Whether it is still there, and still the same; of the last one, how its training stands."""
 
@@ -102,16 +104,17 @@ def find_lineage(place: str, runs: RunFinder) -> Lineage:
 
 
 def _of_run(run: RunFolder, runs: RunFinder) -> Lineage:
+    run = RunFolder(run.path.absolute())  # as the others were written down
     manifest = run.read_manifest()
     lineage = manifest.get("lineage", {})
     ancestors, adapters = ancestors_of(manifest), [*lineage.get("adapters", [])]
-    own = {**manifest, "run": str(run.path), "started_from": lineage.get("fingerprint")}
+    own = as_ancestor(run, manifest)
     words = lineage.get("base") or lineage.get("origin") or lineage.get("weights", "unknown")
     base = _base(words, adapters, [*ancestors, own])
     steps = _earlier(ancestors, adapters, runs)
     if _trains_adapter(run):
         adapters.append(str(run.model))
-    steps.append(_step(own, adapters, manifest.get("status", "unknown"), run_dimension(run, manifest)))
+    steps.append(_step(own, adapters, manifest.get("status", "unknown"), own["dimension"]))
     return Lineage(*base, adapters, lineage.get("reference"), steps)
 
 
@@ -139,6 +142,7 @@ def _step(entry: Mapping[str, Any], adapters: list[str], state: str, dimension: 
         method=entry.get("method") or {},
         data=entry.get("data") or {},
         adapter=model if model in adapters else None,
+        merged_start=entry.get("merged_start"),
         state=state,
     )
 

@@ -125,15 +125,26 @@ def require_free(out: Path, *, overwrite: bool) -> None:
             raise UserError(
                 f"OUT {out} already holds a merged model. Replace it with --overwrite, or choose another folder."
             )
-    existing = out.absolute()
+    require_writable(out, key="OUT")
+
+
+def require_writable(folder: Path, *, key: str) -> None:
+    """Refuse early a folder that could not be made or written, without leaving anything behind.
+
+    Raises:
+        UserError: a file is in the way, or the nearest existing folder cannot be written.
+    """
+    existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
     if not existing.is_dir():
-        raise UserError(f"OUT {out}: {existing} is a file, not a folder. Choose another folder.")
+        raise UserError(f"{key} {folder}: {existing} is a file, not a folder. Choose another folder.")
     try:  # permissions do not tell all: file systems can be read-only
         tempfile.TemporaryDirectory(dir=existing, prefix=".prefopt-").cleanup()
     except OSError as error:
-        raise UserError(f"OUT {out} cannot be written ({error.strerror}). Choose another folder.") from error
+        raise UserError(
+            f"{key} {folder} cannot be written ({error.strerror}). Choose another folder."
+        ) from error
 
 
 def require_elsewhere(out: Path, run: Path, read: Iterable[str | Path | None]) -> None:

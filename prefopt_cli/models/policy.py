@@ -17,6 +17,12 @@ from prefopt_cli.runs.folder import RunFolder
 
 SAMPLE = 2**20
 
+NOT_OF_THE_POLICY = {
+    "_name_or_path", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "transformers_version",
+    "use_cache",
+}  # fmt: skip
+"""Settings in files of models and adapters that may change where the policy does not."""
+
 MERGE_RECORD = "prefopt_merge.json"
 """In a folder that `prefopt merge` made: the run whose policy it is, and that run's lineage."""
 
@@ -92,23 +98,27 @@ def policy_of_run(
         )
     lineage = manifest.get("lineage", {})
     name, weights = lineage.get("name"), Path(lineage.get("weights", ""))
-    if name is None or not (run.model / "adapter_config.json").is_file():
+    if not (run.model / "adapter_config.json").is_file():
         return _in_folder(run.model, run.path, key)
-    if not weights.is_dir() and (named := find_scheme(name, "model")):
+    named = find_scheme(name, "model") if name is not None and not weights.is_dir() else None
+    if named:  # the cache was moved, or the scheme makes another model now
         made = named.scheme.model_folder(named.name, progress)
-        if made.resolve() != weights.resolve():  # the cache was moved, or the scheme makes another model now
-            _require_same_weights(made, lineage.get("weights_fingerprint"), run, name)
-            return PolicySource(str(made), run.model, run.path, name)
-    source = _in_folder(run.model, run.path, key)
-    return replace(source, name=name) if Path(source.weights).resolve() == weights.resolve() else source
+        source = PolicySource(str(made), run.model, run.path, name)
+    else:
+        source = _in_folder(run.model, run.path, key)
+        if Path(source.weights).resolve() == weights.resolve():
+            source = replace(source, name=name)
+    _require_same_weights(source, lineage.get("weights_fingerprint"), run)
+    return source
 
 
-def _require_same_weights(made: Path, recorded: str | None, run: RunFolder, name: str) -> None:
-    """Refuse to put a trained adapter on weights that it was not trained on."""
-    if fingerprint(PolicySource(str(made)), None) != recorded:
+def _require_same_weights(source: PolicySource, recorded: str | None, run: RunFolder) -> None:
+    """Refuse to put a trained adapter on weights that it was not trained on; of the hub's only the name is known."""
+    from_folder = recorded is not None and "@" not in recorded
+    if source.is_local and from_folder and fingerprint(PolicySource(source.weights), None) != recorded:
         raise UserError(
-            f"The run {run.path} trained an adapter on {name} as it was made then, and that is not there any more: "
-            f"what is made now, in {made}, has other weights. Train the run anew."
+            f"The run {run.path} trained an adapter on {source.place} as it was then, and that is not there any more: "
+            "other weights lie there now. Put the old ones back, or train the run anew."
         )
 
 
@@ -207,7 +217,7 @@ def fingerprint(source: PolicySource, commit: str | None) -> str:
     """What tells the policy from one that later lies in the same place.
 
     Of local weights and adapters, size and the first and last mebibyte of every file are hashed, which a
-    training run changes; of a hub model the commit is taken.
+    training run changes, and their settings; of a hub model the commit is taken.
     """
     digest = hashlib.blake2b(digest_size=16)
     for folder in (Path(source.weights), source.adapter):
@@ -220,7 +230,23 @@ def fingerprint(source: PolicySource, commit: str | None) -> str:
                 digest.update(opened.read(SAMPLE))
                 opened.seek(max(size - SAMPLE, 0))
                 digest.update(opened.read(SAMPLE))
+        for name in ("config.json", "adapter_config.json"):
+            digest.update(_settings(folder / name))
     return digest.hexdigest() if source.is_local else f"{source.weights}@{commit} {digest.hexdigest()}"
+
+
+def _settings(file: Path) -> bytes:
+    """What a settings file says of the policy: without names of places and versions."""
+    if not file.is_file():
+        return b""
+    content = file.read_bytes()
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return content
+    if isinstance(found, dict):
+        found = {key: value for key, value in found.items() if key not in NOT_OF_THE_POLICY}
+    return json.dumps(found, sort_keys=True).encode()
 
 
 def describe_reference(source: PolicySource, adapter: LoraAdapter | str, *, stacked: bool = False) -> str:

@@ -61,14 +61,15 @@ class RunFinder:
         return [run for run in runs if _manifest(run).get("run_id") == run_id]
 
     def _missing(self, run: RunFolder, place: str, run_id: str | None) -> str:
-        where = f"nor below {self.folder} " if self.folder else ""
+        where = f"nor below {self.folder}" if self.folder else ""
         if run.is_run():
+            gone = f"neither there {where}" if where else "not there"
             return (
-                f"{place} holds another run than the one that is meant (run id {run_id}), which is neither there "
-                f"{where}any more. Name the folder it was moved to with --runs-dir, or train the later stages anew."
+                f"{place} holds another run than the one that is meant (run id {run_id}), which is {gone} any more. "
+                "Name the folder it was moved to with --runs-dir, or train the later stages anew."
             )
         if not run.path.is_dir():
-            told = f"there is no run in {place}" + (f", {where.strip()}" if where else "")
+            told = f"there is no run in {place}" + (f", {where}" if where else "")
         else:
             told = f"{place} is no run folder (it has no {run.manifest.name})"
         return f"{told}. Train it first, or name the folder that it was moved to with --runs-dir."

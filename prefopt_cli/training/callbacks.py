@@ -239,9 +239,7 @@ def stopping_gently() -> Iterator[StopSignal]:
         stop.received = number
         # Drawing is not safe inside a signal handler; writing to the descriptor is.
         with contextlib.suppress(OSError):
-            os.write(
-                2, b"\nStopping as soon as this step or evaluation is done; once more to stop at once.\n"
-            )
+            os.write(2, b"\nStopping as soon as what is being computed is done; once more to stop at once.\n")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -19,7 +19,7 @@ class Outcome:
     step: int
     total_steps: int
     signal: int | None = None
-    """The signal that interrupted it."""
+    """The signal that asked it to stop; one that came after the last step has not interrupted it."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """The last logged figures of training and of every eval set."""
     trained: bool = True

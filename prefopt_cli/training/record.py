@@ -51,6 +51,13 @@ def first_manifest(
     }
 
 
+def exported_fingerprint(run: RunFolder, prepared: Prepared) -> str:
+    """The fingerprint of the policy that a run has just exported."""
+    is_adapter = (run.model / "adapter_config.json").is_file()
+    source = PolicySource(prepared.source.weights, run.model) if is_adapter else PolicySource(str(run.model))
+    return fingerprint(source, getattr(prepared.config, "_commit_hash", None))
+
+
 def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
     source, commit = prepared.source, getattr(prepared.config, "_commit_hash", None)
     own = fingerprint(source, commit)

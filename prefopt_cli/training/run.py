@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from prefopt_cli.training.objectives import Objective, find_objective, precomput
 from prefopt_cli.training.outcome import Outcome, already_finished, outcome_of
 from prefopt_cli.training.preparation import Prepared, own_prompts, prepare
 from prefopt_cli.training.previous import with_previous_margins
-from prefopt_cli.training.record import first_manifest, now
+from prefopt_cli.training.record import exported_fingerprint, first_manifest, now
 from prefopt_cli.training.reference import layout_for, with_reference
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.resume import (
@@ -122,8 +123,9 @@ def train(
             if outcome.status == "finished":
                 export_policy(trainer, prepared.tokenizer, run, card)
         if main_process:
-            _record(run, outcome)
-    return outcome
+            _record(run, outcome, prepared)
+    # A signal may come too late to interrupt this run; whoever trains on afterwards must know of it.
+    return replace(outcome, signal=stop.received)
 
 
 def _run_trainer(
@@ -241,8 +243,10 @@ def _opened(
             raise
 
 
-def _record(run: RunFolder, outcome: Outcome) -> None:
+def _record(run: RunFolder, outcome: Outcome, prepared: Prepared) -> None:
+    exported = exported_fingerprint(run, prepared) if outcome.status == "finished" else None
     run.update_manifest(
+        policy=exported,
         status=outcome.status,
         ended=now(),
         step=outcome.step,

@@ -8,6 +8,7 @@ import pytest
 from prefopt_cli.chain.loader import load_chain
 from prefopt_cli.chain.plan import make_plan
 from prefopt_cli.errors import UserError
+from prefopt_cli.recipe import dump_recipe, load_recipe
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.reporting import Silent
@@ -65,12 +66,40 @@ def test_a_change_trains_its_stage_and_all_after_it(
     [
         "stages.1.lambdas=0.5",  # the same, in other words
         "training.logging_steps=3",  # does not touch the weights
+        "training.eval_strategy=epoch",  # nor does this
+        "training.save_strategy=no",
+        "training.seed=42",  # the default, written out
         "stages.1.dataset.train.where={dimension: [facts]}",  # the same rows
         "dataset.eval.tone.limit=4",  # nor do held-out sets
     ],
 )
 def test_what_leaves_the_weights_as_they_are_trains_nothing(trained: Chains, override: str) -> None:
     assert trained.actions(override) == SKIPPED
+
+
+BEST = (
+    "training.load_best_model_at_end=true",
+    "training.eval_strategy=steps",
+    "training.eval_steps=1",
+    "training.metric_for_best_model=tone_loss",
+)
+
+
+@pytest.mark.parametrize("change", ["dataset.eval.tone.limit=4", "training.eval_delay=1"])
+def test_what_chooses_the_checkpoint_to_end_with_counts(finished: Chains, change: str) -> None:
+    for name in ("tone", "facts"):
+        run = RunFolder(finished.out / name)
+        run.recipe.write_text(dump_recipe(load_recipe(run.recipe, BEST)))
+    assert finished.actions(*BEST) == SKIPPED
+    assert finished.actions(*BEST, change) == ["retrain", "retrain"]
+
+
+def test_another_kind_of_method_is_told_by_its_name(finished: Chains) -> None:
+    kind = "stages.1.method={name: self_supervised, align: {loss: logistic, beta: 0.1}}"
+    finished.file.write_text(finished.file.read_text().replace("method: {loss: logistic, beta: 0.1}\n", ""))
+    reasons = finished.reasons("stages.0.method={loss: logistic, beta: 0.1}", kind)
+    assert reasons[1].startswith("method.name is 'self_supervised' and was 'sequential'")
+    assert "align" not in reasons[1]
 
 
 def test_stages_in_another_order(trained: Chains) -> None:
@@ -132,6 +161,20 @@ def test_a_stage_that_was_trained_anew_by_hand_is_noticed(finished: Chains) -> N
     assert "another policy than that of stage tone" in plan.steps[1].reason
 
 
+def test_a_policy_that_was_changed_since_is_noticed(finished: Chains) -> None:
+    weights = finished.out / "tone" / "model" / "model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    plan = finished.plan()
+    assert [step.action for step in plan.steps] == ["retrain", "retrain"]
+    assert (
+        plan.steps[0].reason
+        == f"its policy ({finished.out / 'tone' / 'model'}) has changed since it was trained"
+    )
+    assert plan.steps[1].reason == "stage tone before it is trained anew"
+
+
 def archived(chains: Chains, name: str) -> Path:
     """A run of the chain, moved into another folder, which is returned, and renamed."""
     folder = chains.folder / "archive"
@@ -169,6 +212,8 @@ def test_a_moved_run_that_does_not_fit_any_more_stays_where_it_is(finished: Chai
 def test_the_last_run_is_found_by_the_chains_own_record(finished: Chains) -> None:
     folder = archived(finished, "facts")
     assert finished.actions() == ["skip", "train"]
+    assert "is not in" in finished.reasons()[1]
+    assert "--runs-dir" in finished.reasons()[1]
     assert finished.actions(runs_dir=folder) == SKIPPED
 
 
@@ -196,6 +241,23 @@ def test_what_is_no_run_is_never_replaced(chains: Chains) -> None:
     (chains.out / "facts" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not a run folder"):
         chains.plan(overwrite=True)
+
+
+def test_a_run_that_the_chain_did_not_make_is_used_but_not_replaced(finished: Chains) -> None:
+    (finished.out / "chain.json").unlink()
+    assert finished.actions() == SKIPPED
+    change = "stages.1.lambdas.tone=0.3"
+    with pytest.raises(
+        UserError, match=r"facts holds a run that this chain did not make.*lambdas\.tone is 0\.3"
+    ):
+        finished.plan(change)
+    assert finished.actions(change, overwrite=True) == ["retrain", "retrain"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"stages": null}', '{"stages": ["tone"]}'])
+def test_a_damaged_record_is_none(finished: Chains, content: str) -> None:
+    (finished.out / "chain.json").write_text(content)
+    assert finished.actions() == SKIPPED
 
 
 def test_a_run_is_no_folder_for_a_chain(finished: Chains) -> None:

@@ -80,6 +80,36 @@ def test_changed_held_out_sets_make_the_table_anew_without_training(finished: Ch
     assert finished.run("dataset.eval.tone.limit=15").to_dict()["retention"] == table
 
 
+def test_a_signal_while_the_table_is_computed(chains: Chains) -> None:
+    class InTable(Silent):
+        def progress(self, task: str, done: int, total: int) -> None:
+            if task == "scoring with the policy tone":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    other_policy = "training.seed=77"  # whose scores no other test has left in the cache
+    stopped = chains.run(other_policy, reporter=InTable())
+    assert (stopped.status, stopped.signal) == ("interrupted", signal.SIGTERM)
+    record = json.loads((chains.out / "chain.json").read_text())
+    assert (record["status"], record["stages"][0]["status"]) == ("interrupted", "finished")
+    assert chains.run(other_policy).status == "finished"
+    assert [step.action for step in chains.plan(other_policy).steps] == ["skip", "skip"]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_last_policy_that_was_changed_is_trained_anew(finished: Chains, file: str) -> None:
+    path = finished.out / "facts" / "model" / file
+    text = path.read_bytes()
+    path.write_bytes(
+        text.replace(b'"rms_norm_eps": 1e-06', b'"rms_norm_eps": 1e-02')
+        if file == "config.json"
+        else text[:-1] + b"x"
+    )
+    assert path.read_bytes() != text
+    first, last = finished.plan().steps
+    assert (first.action, last.action) == ("skip", "retrain")
+    assert "its policy" in last.reason and "has changed since it was trained" in last.reason
+
+
 def test_an_interrupted_chain_goes_on_where_it_was(chains: Chains, trained: Chains, tmp_path: Path) -> None:
     stopped = chains.run(reporter=Telling(stage=2, step=2))
     assert (stopped.status, stopped.signal) == ("interrupted", signal.SIGINT)
@@ -102,6 +132,12 @@ def test_a_chain_that_was_interrupted_in_its_first_stage(chains: Chains) -> None
     record = json.loads((chains.out / "chain.json").read_text())
     assert [stage["status"] for stage in record["stages"]] == ["interrupted", "waiting"]
     assert chains.actions() == ["resume", "train"]
+
+
+def test_a_signal_after_the_last_step_of_a_stage_ends_the_chain(chains: Chains) -> None:
+    stopped = chains.run(reporter=Telling(stage=1, step=3))
+    assert (stopped.status, stopped.signal) == ("interrupted", signal.SIGINT)
+    assert chains.actions() == ["skip", "train"]
 
 
 def test_a_changed_lambda_trains_the_last_stage_alone(finished: Chains) -> None:
@@ -132,6 +168,25 @@ def test_a_chain_of_adapters(chains: Chains) -> None:
     assert [step.action for step in plan.steps] == ["skip", "retrain"]
     assert all(each.responses == each.cached for each in plan.steps[1].scores or ())
     assert chains.run(LORA, "method.adapter_per_stage=new").status == "finished"
+
+
+def test_a_new_adapter_of_another_shape_after_a_run_of_adapters(chains: Chains, tmp_path: Path) -> None:
+    adapter = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    chains.run(LORA)
+    again = [LORA, f"model.name_or_path={chains.out / 'facts'}", f"output_dir={tmp_path / 'later'}"]
+    stacked = ["stages.1.method.adapter_per_stage=new", f"stages.1.adapter={json.dumps(adapter)}"]
+    assert chains.run(*again, *stacked).status == "finished"
+    adapter["target_modules"] = ["nix"]
+    with pytest.raises(UserError, match=r"stage 2, facts: adapter.target_modules: the model has no module"):
+        chains.plan(*again, stacked[0], f"stages.1.adapter={json.dumps(adapter)}")
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]"])
+def test_a_damaged_table_is_made_anew(finished: Chains, content: str) -> None:
+    (finished.out / "retention.json").write_text(content)
+    table = finished.run().to_dict()["retention"]
+    assert table is not None
+    assert table == json.loads((finished.out / "retention.json").read_text())
 
 
 def test_what_fails_is_recorded(chains: Chains) -> None:

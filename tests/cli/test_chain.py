@@ -42,7 +42,7 @@ def test_a_chain_is_trained_and_skipped_then(prefopt: Prefopt, chain: Path, tmp_
     again = prefopt("chain", str(chain))
     assert again.code == 0
     assert "Stage 2 of 2, facts: skip" in again.err
-    assert "nothing to do" in again.out
+    assert "nothing was trained" in again.out
     told = json.loads(prefopt("chain", str(chain), "--json").out)
     assert told["status"] == "finished"
     assert [stage["status"] for stage in told["stages"]] == ["finished", "finished"]
@@ -66,6 +66,23 @@ def test_an_interrupted_chain_says_how_to_go_on(
     assert "at step 2 of 3" in result.err
     assert f"prefopt chain {chain} method.beta=0.2" in result.err
     assert "Policy:" not in result.out
+
+
+def test_interrupted_between_stages_it_says_so_too(
+    prefopt: Prefopt, chain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prefopt_cli.cli import progress
+
+    class Line(progress.LineReporter):
+        def message(self, text: str) -> None:
+            if text.startswith("Stage 2"):
+                raise KeyboardInterrupt
+            super().message(text)
+
+    monkeypatch.setattr(progress, "reporter_for", lambda console, receipts: Line(console, receipts=receipts))
+    result = prefopt("chain", str(chain), "--overwrite", "--json")
+    assert (result.code, result.out) == (130, "")
+    assert f"What is done is kept. Go on with:\n  prefopt chain {chain}\n" in result.err
 
 
 def test_mistakes_end_it_with_their_lines(prefopt: Prefopt, chain: Path) -> None:

@@ -212,6 +212,13 @@ def test_runs_that_cannot_be_merged(
     assert "has no finished policy (its status is 'interrupted')" in result.err
 
 
+def test_one_process_merges(prefopt: Prefopt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = prefopt("merge", str(tmp_path / "kind"), str(tmp_path / "out"))
+    assert result.code == 2
+    assert "the work of one process" in result.err
+
+
 def test_a_quantised_base(
     prefopt: Prefopt,
     run: Run,  # noqa: F811

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,40 @@ def test_what_cannot_be_shown(
     assert not (tmp_path / "kind" / "eval").exists()
     sets = f"dataset.eval={{kind: {tiny_world}/heldout.jsonl}}"
     assert prefopt("retention", str(tmp_path / "kind"), sets).code == 0
+
+
+def test_a_folder_that_cannot_be_written_is_known_at_once(
+    prefopt: Prefopt,
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    run("kind", "training.max_steps=1")
+    (tmp_path / "file").touch()
+    result = prefopt("retention", str(tmp_path / "kind"), "--output", str(tmp_path / "file"))
+    assert result.code == 2
+    assert "is a file, not a folder" in result.err
+    assert "Log-probabilities" not in result.err
+
+
+def test_one_of_several_processes_tells(
+    prefopt: Prefopt,
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run("kind", "training.max_steps=1")
+    monkeypatch.setenv("RANK", "1")
+    for command in ("retention", "lineage"):
+        result = prefopt(command, str(tmp_path / "kind"))
+        assert (result.code, result.out, result.err) == (0, "", "")
+    assert not (tmp_path / "kind" / "eval").exists()
+
+
+def test_small_margins_keep_their_figures() -> None:
+    table = made_up()
+    small = Estimate(0.0021, -0.0004, 0.0103)
+    cells = {name: Cell(cell.accuracy, small, cell.logp_accuracy) for name, cell in table.cells.items()}
+    assert "0.0021 [-0.0004, 0.0103]" in printed(replace(table, cells=cells))
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])

@@ -1,10 +1,12 @@
 """What every stage of a chain does to every dimension."""
 
 import csv
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prefopt_cli.errors import PrefoptError, UserError
+from prefopt_cli.evaluation.heat_map import Panel, heat_map
 from prefopt_cli.evaluation.merge_check import MergeSettings, merge_run
 from prefopt_cli.evaluation.retention import retention
 from prefopt_cli.evaluation.retention_table import BASE, HeldOut, Retention, Stage, table
+from prefopt_cli.evaluation.statistics import Estimate
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.reporting import Silent
@@ -311,3 +315,31 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(PrefoptError, match=r"retention table cannot be written to .*file"):
         made_up().write(tmp_path / "file")
+
+
+def test_a_base_in_a_relative_folder_is_found_from_elsewhere(
+    run: Run,  # noqa: F811
+    sets: tuple[str, str],
+    tiny_world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tiny_world)
+    run("kind", SHORT, sets[0], "model.name_or_path=model")
+    monkeypatch.chdir(tmp_path)
+    assert retention(RunFolder(Path("kind")), Silent()).stages == (BASE, "kind")
+
+
+def test_what_the_runs_have_settled_is_not_overridden() -> None:
+    with pytest.raises(UserError, match=r"the runs have settled method\.beta"):
+        retention(folder("gone"), Silent(), overrides=["dataset.max_length=64", "method.beta=1"])
+
+
+def test_names_are_no_formulas_and_leave_room_for_the_figures() -> None:
+    panel = Panel("accuracy", [[Estimate(0.5, 0.4, 0.6)]])
+    plain = heat_map([panel], ["kind"], ["kind"], centres=[0.5])
+    assert plain.startswith(b"\x89PNG")
+    heat_map([panel], ["a$x^$"], ["$_$"], centres=[0.5])
+    long, longer = (heat_map([panel], ["n" * size], ["n" * size], centres=[0.5]) for size in (60, 600))
+    read = matplotlib.image.imread
+    assert read(io.BytesIO(long)).shape == read(io.BytesIO(longer)).shape

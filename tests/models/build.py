@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefopt_cli.models.policy import MERGE_RECORD, find_policy, fingerprint, merge_record
+from prefopt_cli.models.policy import MERGE_RECORD, PolicySource, find_policy, fingerprint, merge_record
 from prefopt_cli.recipe.schema import ModelSettings, Recipe
 from prefopt_cli.runs.folder import RunFolder
 
@@ -145,7 +145,7 @@ class Place:
             "adapter": str(source.adapter) if source.adapter else None,
             "fingerprint": own,
             "reference": f"{source.describe()}, as it is at the start",
-            "weights_fingerprint": own,
+            "weights_fingerprint": fingerprint(PolicySource(source.weights), None),
             "origin": None,
             "base": source.weights,
             "adapters": [],
@@ -175,5 +175,6 @@ def _ancestor(run: RunFolder) -> dict[str, Any]:
         "run": str(run.path),
         **{name: manifest.get(name) for name in ("run_id", "dimension", "method", "data")},
         "started_from": manifest["lineage"]["fingerprint"],
+        "merged_start": manifest["lineage"]["weights"] if manifest["lineage"]["merged_from"] else None,
         "ended_with": policy_fingerprint(run.path),
     }

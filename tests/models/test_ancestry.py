@@ -217,6 +217,11 @@ def test_a_stage_after_itself(place: Place, chain: list[RunFolder]) -> None:
     assert "own output_dir" in told
 
 
+def test_a_run_inside_an_earlier_one(place: Place, chain: list[RunFolder]) -> None:
+    told = _refusal(place.recipe(chain, output="runs/b/model/next"))
+    assert f"lies in {chain[1].path}, the run of an earlier stage" in told
+
+
 def test_a_run_named_twice(place: Place, chain: list[RunFolder]) -> None:
     a, b, _ = chain
     assert f"{a.path} is named twice" in _refusal(place.recipe([a, b, a]))

@@ -92,8 +92,7 @@ def test_an_adapter_on_a_schemes_model(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("toy_scheme")
 def test_an_adapter_follows_its_schemes_model_to_another_place(tmp_path: Path) -> None:
     """As after the cache was moved; but only onto the very weights that it was trained on."""
-    now, gone = tmp_path / "now", tmp_path / "gone"
-    now.mkdir()
+    now, gone = _model(tmp_path / "now"), tmp_path / "gone"
     (now / "model.safetensors").write_bytes(b"the same weights")
     lineage = {
         "name": f"toy:{now}",
@@ -104,7 +103,19 @@ def test_an_adapter_follows_its_schemes_model_to_another_place(tmp_path: Path) -
     adapter = _adapter(run / "model", base_model_name_or_path=str(gone))
     assert _find(run) == PolicySource(str(now), adapter, run, f"toy:{now}")
     (now / "model.safetensors").write_bytes(b"other weights..")
-    with pytest.raises(UserError, match="has other weights"):
+    with pytest.raises(UserError, match="other weights"):
+        _find(run)
+
+
+def test_an_adapter_stays_on_the_weights_that_it_was_trained_on(tmp_path: Path) -> None:
+    base = _model(tmp_path / "base")
+    (base / "model.safetensors").write_bytes(b"the weights then")
+    lineage = {"weights": str(base), "weights_fingerprint": fingerprint(PolicySource(str(base)), None)}
+    run = _run(tmp_path / "run", "finished", lineage=lineage)
+    adapter = _adapter(run / "model", base_model_name_or_path=str(base))
+    assert _find(run) == PolicySource(str(base), adapter, run)
+    (base / "model.safetensors").write_bytes(b"trained anew....")
+    with pytest.raises(UserError, match=r"trained an adapter on .*base as it was then.*other weights"):
         _find(run)
 
 

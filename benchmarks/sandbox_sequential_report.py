@@ -55,9 +55,9 @@ def report(rows: list[Row], versions: dict[str, str], settings: ScoreSettings, b
         "",
         f"{seeds} seeds each, judged on {settings.prompts} held-out prompts with {settings.per_prompt} samples each; "
         "mean ± half a 95 % interval over the seeds (Student's t). Figures are gold rewards of the policy's own "
-        f"samples, over those of the base policy's ({rewards}); the KL to it is in nats. Polite and concise pull against "
-        f"each other. Every stage is one epoch of its dimension's pairs, 64 a step, with beta {beta:g}; the joint run is "
-        "one epoch of all three. Made by `python -m benchmarks.sandbox_sequential`.",
+        f"samples, over those of the base policy's ({rewards}); the KL to it is in nats. Polite and concise pull "
+        f"against each other. Every stage is one epoch of its dimension's pairs, 64 a step, with beta {beta:g}; the "
+        "joint run is one epoch of all three. Made by `python -m benchmarks.sandbox_sequential`.",
         "",
         "## After every stage",
         "",
@@ -144,7 +144,8 @@ def _held_out(tables: list[Row]) -> list[str]:
         order = " → ".join(stage["dimension"] for stage in stages)
         lines.append([order, f"{stages[1]['lambda']:g}", *cells])
     head = [text for name in ORDER for text in (name, f"change of {name}")]
-    return table(["", "lambda", *head], sorted(lines, key=lambda line: line[0] != " → ".join(ORDER)))
+    first = " → ".join(ORDER)
+    return table(["", "lambda", *head], sorted(lines, key=lambda line: (line[0] != first, float(line[1]))))
 
 
 def _is_chain(row: Row, order: Sequence[str], beta: float) -> bool:

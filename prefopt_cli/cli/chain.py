@@ -10,6 +10,7 @@ from prefopt_cli.cli.common import (
     SIGNAL_EXIT_BASE,
     DebugOption,
     JsonOption,
+    RunsDirOption,
     main_process,
     prepare_libraries,
     standard_error,
@@ -47,12 +48,7 @@ def chain(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Train all stages anew, whatever is there.")
     ] = False,
-    runs_dir: Annotated[
-        Path | None,
-        typer.Option(
-            "--runs-dir", metavar="FOLDER", help="Where moved runs are looked for.", show_default=False
-        ),
-    ] = None,
+    runs_dir: RunsDirOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:

@@ -21,12 +21,18 @@ from prefopt_cli.training.trainer import REFERENCE_COLUMNS
 
 
 def with_previous_margins(
-    prepared: Prepared, recipe: Recipe, args: DPOConfig, reporter: Reporter, stopping: Callable[[], bool]
+    prepared: Prepared,
+    ancestry: Ancestry,
+    recipe: Recipe,
+    args: DPOConfig,
+    reporter: Reporter,
+    stopping: Callable[[], bool],
 ) -> Prepared:
-    """The data with `PREVIOUS_MARGINS`, a list of dR_1 ... dR_{n-1} for each pair; unchanged without earlier stages.
+    """The data with `PREVIOUS_MARGINS`, a list of dR_1 ... dR_{n-1} for each pair.
 
     Args:
         prepared: the run's data, with the reference's log-probabilities.
+        ancestry: the earlier stages.
         recipe: of the run.
         args: its training arguments.
         reporter: told of progress.
@@ -36,9 +42,7 @@ def with_previous_margins(
         UserError: a policy cannot be loaded.
         ScoringStopped: a signal came; what was scored until then is in the cache.
     """
-    ancestry, tokens = prepared.ancestry, prepared.tokens
-    if ancestry is None:
-        return prepared
+    tokens = prepared.tokens
     sets = {"train": tokens.train, **tokens.eval}
     logps: dict[str, list[Tensor]] = {name: [] for name in sets}
     for name, source in ancestry.earlier:

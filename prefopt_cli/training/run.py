@@ -101,18 +101,7 @@ def train(
     card = model_card(recipe, dump_recipe(recipe), manifest)
     with explained(run), open_run if main_process else nullcontext(), callbacks.stopping_gently() as stop:
         try:
-            prepared = with_reference(
-                prepared,
-                model,
-                args,
-                layout,
-                reporter,
-                stop.asked,
-                run,
-                precomputes=precomputes(recipe, objective),
-            )
-            with set_aside(model, args):
-                prepared = with_previous_margins(prepared, recipe, args, reporter, stop.asked)
+            prepared = _with_scores(prepared, recipe, objective, model, args, layout, reporter, stop, run)
         except ScoringStopped:
             outcome = Outcome(run, "interrupted", step=0, total_steps=0, signal=stop.received)
         else:
@@ -126,6 +115,26 @@ def train(
             _record(run, outcome, prepared)
     # A signal may come too late to interrupt this run; whoever trains on afterwards must know of it.
     return replace(outcome, signal=stop.received)
+
+
+def _with_scores(
+    prepared: Prepared,
+    recipe: Recipe,
+    objective: Objective,
+    model: Any,
+    args: DPOConfig,
+    layout: Layout,
+    reporter: Reporter,
+    stop: callbacks.StopSignal,
+    run: RunFolder,
+) -> Prepared:
+    """The data with what frozen policies find of it: the reference, and those of earlier stages."""
+    use = precomputes(recipe, objective)
+    prepared = with_reference(prepared, model, args, layout, reporter, stop.asked, run, precomputes=use)
+    if prepared.ancestry is None:
+        return prepared
+    with set_aside(model, args):
+        return with_previous_margins(prepared, prepared.ancestry, recipe, args, reporter, stop.asked)
 
 
 def _run_trainer(

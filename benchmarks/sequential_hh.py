@@ -3,7 +3,8 @@
     python -m benchmarks.sequential_hh     # reads ../shared, writes benchmarks/results/sequential-hh.{md,json}
 
 recipes/chain-hh.yaml with the 260-thousand-parameter stories260K, once for every lambda: one epoch a stage of full
-fine-tuning, the same seed. Held out are the last rows of each dimension, of prompts that no stage trains on. A model this small knows nothing of the subject; the table shows the machinery, not what the method can do.
+fine-tuning, the same seed. Held out are the last rows of each dimension, of prompts that no stage trains on. A model
+this small knows nothing of the subject; the table shows the machinery, not what the method can do.
 """
 
 import argparse

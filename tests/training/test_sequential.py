@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.evaluation.merge_check import MergeSettings, merge_run
 from prefopt_cli.models.policy import find_policy
 from prefopt_cli.recipe.schema import ModelSettings
 from prefopt_cli.runs import metrics
@@ -248,6 +249,22 @@ def test_a_new_adapter_may_be_of_another_shape(run: Run) -> None:
     other = "adapter={type: lora, r: 2, lora_alpha: 2, target_modules: [q_proj, o_proj, down_proj]}"
     second = run("second", GENTLE, other, *after(first, kind="new")).run
     assert training_records(second)[0]["rewards/margins"] == 0
+    third = run("third", GENTLE, LORA, *after(first, second, kind="new")).run
+    assert training_records(third)[0]["rewards/margins"] == 0
+
+
+def test_a_new_adapter_on_what_was_merged_of_the_stage_before(run: Run, tmp_path: Path) -> None:
+    first = run("first", GENTLE, LORA).run
+    merged = tmp_path / "merged"
+    merge_run(str(first.path), merged, MergeSettings(pairs=4), Silent(), RunFinder())
+    start = f"model.name_or_path={merged}"
+    second = run("second", GENTLE, LORA, *after(first, kind="new"), start).run
+    assert training_records(second)[0]["rewards/margins"] == 0
+    assert training_records(second)[-1]["rewards/margins"] != 0
+    lineage = second.read_manifest()["lineage"]
+    assert (lineage["weights"], lineage["adapter"]) == (str(merged), None)
+    config = json.loads((second.model / "adapter_config.json").read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (4, str(merged))
     third = run("third", GENTLE, LORA, *after(first, second, kind="new")).run
     assert training_records(third)[0]["rewards/margins"] == 0
 

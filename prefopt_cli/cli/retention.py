@@ -67,8 +67,8 @@ def retention(
     prepare_libraries()
     from prefopt_cli.cli.progress import reporter_for
     from prefopt_cli.evaluation.retention import retention as measured
-    from prefopt_cli.models.merging import require_writable
     from prefopt_cli.runs.finding import RunFinder
+    from prefopt_cli.runs.writable import require_writable
     from prefopt_cli.training.callbacks import stopping_gently
     from prefopt_cli.training.frozen_policies import ScoringStopped
     from prefopt_cli.training.processes import leave_together

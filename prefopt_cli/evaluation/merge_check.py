@@ -15,6 +15,7 @@ from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.models import loading, merging
 from prefopt_cli.models.ancestry import as_ancestor
 from prefopt_cli.models.policy import MERGE_RECORD, PolicySource, merge_record, policy_of_run
+from prefopt_cli.models.quantised import stores_few_bits
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.recipe.schema import GPOSettings, ModelSettings, Recipe, Source
 from prefopt_cli.runs import atomic
@@ -129,7 +130,7 @@ def merge_run(
             "scoring with the merged model",
         )
         difference = compare.difference(before, after)
-        _require_equal(difference, settings, quantised=merging.is_quantised(config))
+        _require_equal(difference, settings, quantised=stores_few_bits(config))
     return Merged(out, settings.dtype, record, difference, settings.tolerance)
 
 

@@ -1,7 +1,6 @@
 """A run's policy as one plain model folder: adapters merged into the weights in float32, then saved in any type."""
 
 import json
-import tempfile
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.models import loading
 from prefopt_cli.models.policy import MERGE_RECORD, PolicySource, fingerprint, merge_record
+from prefopt_cli.models.quantised import stores_few_bits
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
+from prefopt_cli.runs.writable import require_writable
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -57,17 +58,12 @@ def merged_policy(source: PolicySource, settings: ModelSettings) -> PreTrainedMo
     Raises:
         UserError: the weights cannot be had, or are quantised in a way that cannot be undone.
     """
-    if not is_quantised(loading.load_config(source, settings)):
+    if not stores_few_bits(loading.load_config(source, settings)):
         return loading.load_model(source, settings, "none").eval()
     model = _dequantised(loading.load_model(PolicySource(source.weights), settings, "none"), source)
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, str(source.adapter)).merge_and_unload()
     return model.eval()
-
-
-def is_quantised(config: Any) -> bool:
-    """Whether the weights that a configuration belongs to are stored in a few bits each."""
-    return getattr(config, "quantization_config", None) is not None
 
 
 def _dequantised(model: Any, source: PolicySource) -> Any:
@@ -126,25 +122,6 @@ def require_free(out: Path, *, overwrite: bool) -> None:
                 f"OUT {out} already holds a merged model. Replace it with --overwrite, or choose another folder."
             )
     require_writable(out, key="OUT")
-
-
-def require_writable(folder: Path, *, key: str) -> None:
-    """Refuse early a folder that could not be made or written, without leaving anything behind.
-
-    Raises:
-        UserError: a file is in the way, or the nearest existing folder cannot be written.
-    """
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    if not existing.is_dir():
-        raise UserError(f"{key} {folder}: {existing} is a file, not a folder. Choose another folder.")
-    try:  # permissions do not tell all: file systems can be read-only
-        tempfile.TemporaryDirectory(dir=existing, prefix=".prefopt-").cleanup()
-    except OSError as error:
-        raise UserError(
-            f"{key} {folder} cannot be written ({error.strerror}). Choose another folder."
-        ) from error
 
 
 def require_elsewhere(out: Path, run: Path, read: Iterable[str | Path | None]) -> None:

@@ -1,5 +1,7 @@
 """Models whose weights are stored in a few bits each (bitsandbytes), with adapters that are trained on them."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,6 +13,11 @@ gradients on the CPU. There is no gradient through weights in that order, and no
 def is_quantised(model: nn.Module) -> bool:
     """Whether a loaded model's weights are stored in 4 or 8 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def stores_few_bits(config: Any) -> bool:
+    """Whether the weights that a configuration belongs to are stored quantised."""
+    return getattr(config, "quantization_config", None) is not None
 
 
 def keep_trainable(model: nn.Module) -> None:

@@ -6,8 +6,6 @@
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.runs import atomic
+from prefopt_cli.runs.writable import require_writable
 
 CHECKPOINT_MARK = "prefopt.json"
 """Written into a checkpoint once all of it is on disk; a checkpoint without it is not resumed from."""
@@ -97,20 +96,7 @@ class RunFolder:
         Raises:
             UserError: a file is in the way, or the nearest existing folder cannot be written.
         """
-        shown = str(self.path)[:200]
-        try:
-            existing = _nearest_existing(self.path.absolute())
-            if not existing.is_dir():
-                raise UserError(
-                    f"output_dir {shown}: {existing} is a file, not a folder. Choose another output_dir."
-                )
-            # Permissions do not tell all: file systems can be read-only or, as /proc, not real ones.
-            tempfile.TemporaryDirectory(dir=existing, prefix=".prefopt-").cleanup()
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) else error
-            raise UserError(
-                f"output_dir {shown} cannot be written ({reason}). Choose another output_dir."
-            ) from error
+        require_writable(self.path, key="output_dir", choose="output_dir")
 
     def require_free(self, *, overwrite: bool) -> None:
         """Refuse to write over anything that is already there.
@@ -168,14 +154,3 @@ class RunFolder:
         finally:
             beside.unlink(missing_ok=True)
             lock.release()
-
-
-def _nearest_existing(path: Path) -> Path:
-    """The path, or the nearest of its parents that is there (a dangling link is)."""
-    while True:
-        try:
-            os.lstat(path)
-        except (FileNotFoundError, NotADirectoryError):
-            path = path.parent
-        else:
-            return path

@@ -152,7 +152,7 @@ def test_quantised_weights_that_cannot_be_undone_are_refused(
 ) -> None:
     source = trained(world, tmp_path / "adapter", {})
     own = merging.merge_settings(source, settings(world))
-    monkeypatch.setattr(merging, "is_quantised", lambda _: True)  # these have nothing to be dequantised
+    monkeypatch.setattr(merging, "stores_few_bits", lambda _: True)  # these have nothing to be dequantised
     with pytest.raises(
         UserError, match=r"The weights of .* are quantised, and transformers cannot dequantise"
     ):

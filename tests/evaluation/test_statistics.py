@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from prefopt_cli.evaluation import statistics
+from prefopt_cli.evaluation import bootstrap
 from prefopt_cli.evaluation.statistics import Estimate, mean_with_interval, means_with_intervals
 
 
@@ -55,10 +55,10 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     quantities = {name: np.random.default_rng(n).normal(size=50) for n, name in enumerate("ab")}
     whole = means_with_intervals(quantities)
     # 7 resamples at a time, which do not divide all.
-    monkeypatch.setattr(statistics, "BLOCK", 7 * 50)
+    monkeypatch.setattr(bootstrap, "BLOCK", 7 * 50)
     blocks = means_with_intervals(quantities)
     assert all(blocks[name] == pytest.approx(whole[name], abs=1e-12) for name in quantities)
-    assert statistics.RESAMPLES % 7
+    assert bootstrap.RESAMPLES % 7
 
 
 def test_seed_and_level() -> None:

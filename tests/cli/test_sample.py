@@ -1,0 +1,316 @@
+"""`prefopt sample`: replies side by side, files, judges, refusals."""
+
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from prefopt_cli.cli.sample_report import print_samples
+from prefopt_cli.evaluation.asking import Asked
+from prefopt_cli.evaluation.generation import Drawing, Reply, Writer
+from prefopt_cli.evaluation.judging import Outcome, Ruling, Verdict, tally
+from prefopt_cli.evaluation.side_by_side import Samples, Written
+from prefopt_cli.models.policy import PolicySource
+from tests.cli.conftest import Prefopt, environment
+from tests.evaluation.test_judge_openai import KEY, Server, server, status, text  # noqa: F401
+from tests.evaluation.test_judge_reward_model import build_reward_model
+from tests.training.conftest import Run, make_recipe, run, shared_run  # noqa: F401
+
+FEW = ("--limit", "3", "--max-new-tokens", "8")
+
+
+@pytest.fixture
+def place(shared_run: Run) -> Path:  # noqa: F811
+    """A run that trained so hard, the head of the model too, that every reply is another."""
+    path: Path = shared_run("hard", "training.max_steps=6", "training.learning_rate=0.1").run.path
+    return path
+
+
+def made_up() -> Samples:
+    asked = Asked(
+        "a test", 9, ("tea?\nNow.", [{"role": "user", "content": "snow?"}]), ((), ()), ((2,), (2,)), 8, {}
+    )
+    source = PolicySource("model")
+    names = ("runs/with-a-name-that-is-rather-long/kind", "reference")
+    replies = [[[Reply(" With pleasure.", 4, True)], [Reply("\nNo\n", 8, False)]] for _ in names]
+    written = [
+        Written(Writer(name, source, None), each)  # type: ignore[arg-type]
+        for name, each in zip(names, replies, strict=True)
+    ]
+    rulings = [[Ruling(Outcome.TIED, Verdict.FIRST, Verdict.FIRST)], [Ruling(Outcome.NO_VERDICT)]]
+    judge = {"judge": "openai:m", "requests": 6, "retried": 2, "cached": 1, "failed": 2}
+    counted = tally([each for (each,) in rulings], [0, 1])
+    return Samples(asked, Drawing(), written, rulings, counted, judge)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_what_is_printed(encoding: str, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("w", encoding=encoding) as file:
+        print_samples(made_up(), Console(file=file, width=100, highlight=False), tmp_path)
+    lines = (tmp_path / "out").read_text(encoding).splitlines()
+
+    assert lines[:5] == [
+        "prompt     tea?",
+        "           Now.",
+        "kind       With pleasure.",
+        "reference  With pleasure.",
+        "verdict    tie: the verdict changed with the order of the replies",
+    ]
+    assert "prompt     user: snow?" in lines
+    assert "           [cut off after 8 tokens]" in lines
+    assert "verdict    none: the judge's answers were not clear" in lines
+    whole = " ".join(lines)
+    assert "Win rate of kind against reference: 50.0 [" in whole
+    assert "1 without a verdict, which are not in the win rate" in whole
+    assert "Of 1 pairs asked in both orders 1 changed with the order; 100% of the verdicts" in whole
+    assert "Requests: 6, of them retries: 2. Verdicts from the cache: 1; not to be had: 2." in whole
+
+
+def test_on_a_terminal_text_stays_in_its_column() -> None:
+    file = io.StringIO()
+    found = made_up()
+    found.written[0].replies[0][0] = Reply("many words " * 20, 40, True)
+    print_samples(found, Console(file=file, width=60, force_terminal=True, highlight=False), None)
+
+    lines = [line for line in file.getvalue().splitlines() if "many" in line]
+    assert len(lines) > 3
+    assert all(len(line) <= 60 for line in lines)
+    assert all(line.startswith(" " * 11) for line in lines[1:])
+
+
+def test_a_reply_does_not_steer_the_terminal() -> None:
+    file = io.StringIO()
+    found = made_up()
+    found.written[0].replies[0][0] = Reply("red \x1b[31m and \x07 [bold]more[/bold]", 4, True)
+    print_samples(found, Console(file=file, width=100, highlight=False), None)
+    assert (
+        "red \N{REPLACEMENT CHARACTER}[31m and \N{REPLACEMENT CHARACTER} [bold]more[/bold]" in file.getvalue()
+    )
+
+
+def test_a_run_replies_to_its_held_out_prompts(prefopt: Prefopt, place: Path) -> None:
+    result = prefopt("sample", str(place), *FEW)
+    assert result.code == 0, result.err
+    assert "Prompts: 3 of 24 from the held-out set heldout." in result.out
+    assert result.out.splitlines()[-1] == f"Files: {place}/eval/samples"
+    records = [json.loads(line) for line in (place / "eval/samples/samples.jsonl").read_text().splitlines()]
+    assert [each["prompt_number"] for each in records] == [0, 1, 2]
+    assert all(each["tokens"] <= 8 for each in records)
+
+    result = prefopt("sample", str(place), *FEW, "--json", "--batch-size", "1")
+    told = json.loads(result.out)
+    assert told["samples"] == records
+    summary = json.loads((place / "eval/samples/summary.json").read_text())
+    assert summary == {name: value for name, value in told.items() if name != "samples"}
+    assert summary["policies"][0]["run_id"]
+    assert summary["verdicts"] is summary["judge"] is None
+
+
+def test_beside_what_it_began_with(prefopt: Prefopt, place: Path, tiny_world: Path) -> None:
+    told = json.loads(prefopt("sample", str(place), "--against", "reference", *FEW, "--json").out)
+    base = json.loads(
+        prefopt(
+            "sample",
+            str(tiny_world / "model"),
+            "--prompts",
+            str(tiny_world / "heldout.jsonl"),
+            *FEW,
+            "--json",
+        ).out
+    )
+    replies = {
+        name: [each["reply"] for each in told["samples"] if each["policy"] == name]
+        for name in (str(place), "reference")
+    }
+    assert replies["reference"] == [each["reply"] for each in base["samples"]] != replies[str(place)]
+
+
+def test_against_itself_a_reward_model_finds_exactly_one_half(
+    prefopt: Prefopt, place: Path, tmp_path: Path
+) -> None:
+    judge = f"reward-model:{build_reward_model(tmp_path / 'reward')}"
+    told = json.loads(
+        prefopt(
+            "sample",
+            str(place),
+            "--against",
+            str(place),
+            "--judge",
+            judge,
+            "--per-prompt",
+            "2",
+            *FEW,
+            "--json",
+        ).out
+    )
+    assert told["verdicts"]["win_rate"]["value"] == 0.5
+    assert told["verdicts"]["tied"] == told["verdicts"]["identical"] == 6
+
+    there = json.loads(
+        prefopt("sample", str(place), "--against", "reference", "--judge", judge, *FEW, "--json").out
+    )
+    assert there["verdicts"]["inconsistent"] == 0
+    for own, other in zip(there["samples"][::2], there["samples"][1::2], strict=True):
+        higher = "won" if own["score"] > other["score"] else "lost"
+        assert own["ruling"]["outcome"] == higher
+    result = prefopt("sample", str(place), "--judge", judge, *FEW)
+    assert "mean [95 %]" in result.out
+    assert "Win rate" not in result.out
+
+
+def test_a_judge_behind_a_server(
+    prefopt: Prefopt,
+    place: Path,
+    server: Server,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    asked = ("--against", "reference", "--judge", "openai:m", "--judge-url", server.url)
+    output = ("--output", str(tmp_path / "out"))
+    result = prefopt("sample", str(place), *FEW, *asked, *output)
+    assert result.code == 0, result.err
+    assert "Requests: 6, of them retries: 0." in result.out
+    assert set(server.keys) == {f"Bearer {KEY}"}
+    written = "".join(file.read_text() for file in (tmp_path / "out").iterdir())
+    assert KEY not in result.out + result.err + written
+
+    again = prefopt("sample", str(place), *FEW, *asked, *output)
+    assert len(server.asked) == 6
+    assert "Requests: 0, of them retries: 0. Verdicts from the cache: 6;" in again.out
+
+    server.usual = status(503)
+    gone = prefopt("sample", str(place), *FEW, *asked, *output, "--seed", "1", "--judge-retries", "0")
+    assert gone.code == 1
+    assert "0 of 6 verdicts are in the cache; the same command goes on from there." in gone.err
+    server.usual = status(401)
+    refused = prefopt("sample", str(place), *FEW, *asked, *output, "--seed", "1")
+    assert refused.code == 2
+    assert "OPENAI_API_KEY" in refused.err
+
+
+def test_a_rubric_of_the_users(
+    prefopt: Prefopt,
+    place: Path,
+    server: Server,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "rubric.txt").write_text("My own: {prompt} {a} {b}")
+    server.usual = text("Verdict: B")
+    asked = ("--against", "reference", "--judge", "openai:m", "--judge-url", server.url)
+    told = json.loads(
+        prefopt(
+            "sample", str(place), *FEW, *asked, "--judge-prompt", str(tmp_path / "rubric.txt"), "--json"
+        ).out
+    )
+    assert all(each["messages"][0]["content"].startswith("My own: <<<begin") for each in server.asked)
+    assert told["verdicts"]["first_position"] == 0.0
+    assert told["verdicts"]["win_rate"]["value"] == 0.5
+
+
+def test_models_leave_files_only_where_they_are_told_to(
+    prefopt: Prefopt, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = str(tiny_world / "model")
+    result = prefopt("sample", model, "--prompts", "tea?", *FEW)
+    assert result.code == 0, result.err
+    assert "Files:" not in result.out
+    assert list(tmp_path.iterdir()) == []
+    result = prefopt("sample", model, "--prompts", "tea?", *FEW, "--output", "out")
+    assert "Files: out" in result.out
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"samples.jsonl", "summary.json"}
+
+
+def test_texts_are_messages_where_the_run_was_trained_on_them(
+    prefopt: Prefopt,
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"tea {number}?"}],
+            "chosen": [{"role": "assistant", "content": f"Yes {number}."}],
+            "rejected": [{"role": "assistant", "content": "No."}],
+        }
+        for number in range(8)
+    ]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run("chats", "training.max_steps=1", f"dataset.train={tmp_path}/chats.jsonl", "dataset.eval={}")
+    place = str(tmp_path / "chats")
+
+    told = json.loads(prefopt("sample", place, "--prompts", "tea?", *FEW, "--json").out)
+    assert told["samples"][0]["prompt"] == [{"role": "user", "content": "tea?"}]
+    told = json.loads(prefopt("sample", place, "--prompts", "tea?", "--no-chat", *FEW, "--json").out)
+    assert told["samples"][0]["prompt"] == "tea?"
+    result = prefopt("sample", place, *FEW)
+    assert result.code == 2
+    assert "has no held-out prompts to ask. Name some: --prompts" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--judge", "me"), "--judge me: write reward-model:PATH_OR_ID"),
+        (("--judge", "openai:m"), "name its server with --judge-url"),
+        (
+            ("--judge", "reward-model:x", "--judge-url", "http://h/v1"),
+            "--judge-url is for --judge openai:MODEL",
+        ),
+        (("--judge-prompt", "f"), "--judge-prompt is for --judge openai:MODEL"),
+        (("--judge", "openai:m", "--judge-url", "http://h/v1"), "compares replies of two policies"),
+        (("--judge", "reward-model:./none"), "there is no folder ./none"),
+        (("--top-p", "0"), "--top-p 0"),
+        (("--temperature", "0", "--per-prompt", "2"), "at temperature 0"),
+        (("--prompts", "no/such/file"), "there is no file no/such/file"),
+        (("--against", "reference"), "is a model, not a run"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_drawn(
+    prefopt: Prefopt, tiny_world: Path, arguments: tuple[str, ...], said: str
+) -> None:
+    asked = arguments if "--prompts" in arguments else ("--prompts", "tea?", *arguments)
+    result = prefopt("sample", str(tiny_world / "model"), *asked)
+    assert result.code == 2
+    assert said in result.err
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_verdicts(
+    prefopt: Prefopt,
+    place: Path,
+    server: Server,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    server.usual = lambda handler: (time.sleep(0.3), handler.verdict("A"))[1]
+    command = (
+        *("sample", str(place), "--against", "reference", "--limit", "24", "--max-new-tokens", "8"),
+        *("--judge", "openai:m", "--judge-url", server.url, "--judge-concurrency", "1"),
+        *("--output", str(tmp_path / "out")),
+    )
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "prefopt_cli", *command], stderr=subprocess.PIPE, env=environment(), text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(server.asked) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    begun.send_signal(signal.SIGINT)
+    _, said = begun.communicate(timeout=60)
+
+    assert begun.returncode == 130
+    assert "Stopped. Verdicts of a server are in the cache" in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "out" / "summary.json").exists()
+    asked = len(server.asked)
+    assert asked < 48
+    server.usual = text("Verdict: A")
+    result = prefopt(*command)
+    assert result.code == 0, result.err
+    assert len(server.asked) == 48

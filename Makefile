@@ -46,6 +46,10 @@ Another loss, and both policies side by side:
   prefopt train recipes/gpo-sandbox.yaml method.loss=squared method.beta=0.25 output_dir=runs/squared
   prefopt sandbox score runs/squared runs/quickstart
 
+Held-out preferences: accuracy, margins and calibration with intervals, what is worth knowing in plain words, and a
+report for the browser (docs/evaluation.md):
+  prefopt eval runs/quickstart
+
 A weaker and a stronger pull towards the base policy, with a picture of win rate against KL:
   prefopt train recipes/gpo-sandbox.yaml method.beta=0.1 output_dir=runs/beta-0.1
   prefopt train recipes/gpo-sandbox.yaml method.beta=2 output_dir=runs/beta-2
@@ -58,6 +62,10 @@ Soft preference optimization: a temperature in place of beta, and a KL on what t
 A second loss beside DPO: a classifier that tells how much of a reply was removed (docs/self-supervised.md):
   prefopt train recipes/self-supervised-sandbox.yaml
   prefopt sandbox score runs/self-supervised-sandbox runs/quickstart
+
+All of them on the same pairs, and two side by side:
+  prefopt compare runs/quickstart runs/squared runs/beta-0.1 runs/beta-2 runs/soft-sandbox
+  prefopt sample runs/quickstart --against runs/beta-0.1
 
 Another dimension, from where the quickstart ended:
   prefopt train recipes/gpo-sandbox.yaml model.name_or_path=runs/quickstart dataset.train=sandbox:polite output_dir=runs/polite

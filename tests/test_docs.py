@@ -8,6 +8,7 @@ is only loaded. Pages that use the sandbox take its full world, which is built o
 runs too. `make` targets must exist, and the quickstart and what it proposes are judged like a page.
 """
 
+import glob
 import re
 import shlex
 import shutil
@@ -202,6 +203,11 @@ def _few_pairs(chain: Chain) -> list[str] | None:
     return few + [f"dataset.eval.{name}.limit=16" for name in chain.dimensions]
 
 
+def _expanded(word: str) -> list[str]:
+    """As a shell hands it over."""
+    return sorted(glob.glob(word)) or [word] if "*" in word else [word]
+
+
 @pytest.mark.parametrize("page", map(_page, PAGES))
 def test_commands_run_in_their_order(page: Path, prefopt: Prefopt, stand_ins: Path) -> None:  # noqa: F811
     _run(_commands(_blocks(page)), prefopt, stand_ins)
@@ -234,6 +240,8 @@ def _run(commands: list[Command], prefopt: Prefopt, folder: Path) -> None:  # no
                 arguments += [f"{place}.{each}" for each in SHORT_SAMPLES]
         if arguments[:2] == ["sandbox", "score"]:
             arguments += FEW_SAMPLES
+        if arguments[0] == "compare":
+            arguments = [name for word in arguments for name in _expanded(word)] + ["--kl-prompts", "8"]
         if arguments[0] == "chain":
             if (few := _few_pairs(load_chain(arguments[1]))) is None:
                 continue  # it loads

@@ -22,7 +22,8 @@ MOST_DAYS = 36_500
 
 app = typer.Typer(
     name="cache",
-    help="What prefopt keeps so as not to compute it twice: scores of frozen policies, tokenised data, sandbox worlds.",
+    help="What prefopt keeps so as not to do it twice: scores of frozen policies, tokenised data, judges' verdicts, "
+    "sandbox worlds.",
     epilog="Example: prefopt cache info",
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -39,14 +40,15 @@ def info(json: JsonOption = False, debug: DebugOption = False) -> None:
     from prefopt_cli.scoring.cache_contents import describe
 
     contents, tokens = describe(), kept_tokens()
-    sandbox = cache_folder() / "sandbox"
-    sandbox_bytes = _folder_bytes(sandbox)
+    sandbox, judge = cache_folder() / "sandbox", cache_folder() / "judge"
+    sandbox_bytes, judge_bytes = _folder_bytes(sandbox), _folder_bytes(judge)
     if json:
         _print_json(
             folder=str(cache_folder()),
             scores=_to_json(contents),
             tokens=tokens.to_dict(),
             sandbox={"folder": str(sandbox), "bytes": sandbox_bytes},
+            judge={"folder": str(judge), "bytes": judge_bytes},
         )
         return
     console = standard_output()
@@ -54,6 +56,7 @@ def info(json: JsonOption = False, debug: DebugOption = False) -> None:
     print_line(console, f"  scores   {_size(contents.bytes):>9}  {contents.file}")
     print_line(console, f"  tokens   {_size(tokens.bytes):>9}  {tokens.folder} ({_sets(tokens)})")
     print_line(console, f"  sandbox  {_size(sandbox_bytes):>9}  {sandbox}")
+    print_line(console, f"  judge    {_size(judge_bytes):>9}  {judge}")
     for line in _remarks(contents):
         print_line(console, line)
     if contents.policies:

@@ -3,8 +3,10 @@
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -12,6 +14,8 @@ from prefopt_cli.sandbox.names import LARGEST_SEED
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from prefopt_cli.training.reporting import Reporter
 
 RecipeArgument = Annotated[str, typer.Argument(help="Path of a YAML recipe.", show_default=False)]
 OverridesArgument = Annotated[
@@ -87,6 +91,49 @@ def prepare_libraries() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+class Work(NamedTuple):
+    """What a command that scores preferences works with."""
+
+    reporter: "Reporter"
+    stopping: Callable[[], bool]
+    """Whether a signal has asked to stop."""
+
+
+@contextmanager
+def scoring() -> Iterator[Work]:
+    """Around work that scores preferences, in one process or several: a signal ends it gently.
+
+    What was scored by then is in the cache; the command exits as shells have it after a signal.
+    """
+    from prefopt_cli.cli.progress import reporter_for
+    from prefopt_cli.training.callbacks import stopping_gently
+    from prefopt_cli.training.frozen_policies import ScoringStopped
+    from prefopt_cli.training.processes import leave_together
+    from prefopt_cli.training.reporting import Silent
+
+    reporter = reporter_for(standard_error(), receipts=False) if main_process() else Silent()
+    try:
+        with stopping_gently() as stop:
+            yield Work(reporter, stop.asked)
+    except ScoringStopped:
+        reporter.message("Stopped. What was scored is in the cache, and the same command goes on from there.")
+        leave_together()
+        raise typer.Exit(SIGNAL_EXIT_BASE + (stop.received or 0)) from None
+    finally:
+        reporter.close()
+
+
+@contextmanager
+def last_work() -> Iterator[bool]:
+    """Around what the main process does alone at the end (true there): the others wait for it, even if it fails."""
+    from prefopt_cli.training.processes import leave_together
+
+    try:
+        yield main_process()
+    finally:
+        leave_together()
 
 
 def main_process() -> bool:

@@ -7,7 +7,20 @@ from typing import Annotated
 import typer
 
 from prefopt_cli import __version__
-from prefopt_cli.cli import cache, chain, check, lineage, merge, recipe, retention, sandbox, train
+from prefopt_cli.cli import (
+    cache,
+    chain,
+    check,
+    compare,
+    evaluate,
+    lineage,
+    merge,
+    recipe,
+    retention,
+    sample,
+    sandbox,
+    train,
+)
 from prefopt_cli.cli.common import DebugOption, is_debug
 from prefopt_cli.errors import PrefoptError
 
@@ -22,6 +35,9 @@ app = typer.Typer(
 )
 app.command(name="train", epilog=train.EPILOG)(train.train)
 app.command(name="check", epilog=check.EPILOG)(check.check)
+app.command(name="eval", epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command(name="sample", epilog=sample.EPILOG)(sample.sample)
+app.command(name="compare", epilog=compare.EPILOG)(compare.compare)
 app.command(name="chain", epilog=chain.EPILOG)(chain.chain)
 app.command(name="retention", epilog=retention.EPILOG)(retention.retention)
 app.command(name="lineage", epilog=lineage.EPILOG)(lineage.lineage)

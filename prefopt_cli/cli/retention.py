@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prefopt_cli.cli.common import (
-    SIGNAL_EXIT_BASE,
     DebugOption,
     JsonOption,
     RunsDirOption,
+    last_work,
     main_process,
     prepare_libraries,
-    standard_error,
+    scoring,
     standard_output,
 )
 from prefopt_cli.cli.tables import Column, print_line, print_table
@@ -65,34 +65,19 @@ def retention(
     come from the cache.
     """
     prepare_libraries()
-    from prefopt_cli.cli.progress import reporter_for
     from prefopt_cli.evaluation.retention import retention as measured
     from prefopt_cli.runs.finding import RunFinder
     from prefopt_cli.runs.writable import require_writable
-    from prefopt_cli.training.callbacks import stopping_gently
-    from prefopt_cli.training.frozen_policies import ScoringStopped
-    from prefopt_cli.training.processes import leave_together
-    from prefopt_cli.training.reporting import Silent
 
-    reporter = reporter_for(standard_error(), receipts=False) if main_process() else Silent()
-    try:
+    with scoring() as work:
         runs = RunFinder(runs_dir)
         last = runs.find(run, key="RUN")
         folder = output.expanduser() if output else last.evaluation("retention")
         require_writable(folder, key="--output" if output else "RUN: the folder")
-        with stopping_gently() as stop:
-            found = measured(last, reporter, runs, overrides=overrides or (), stopping=stop.asked)
-    except ScoringStopped:
-        reporter.message("Stopped. What was scored is in the cache, and the same command goes on from there.")
-        leave_together()
-        raise typer.Exit(SIGNAL_EXIT_BASE + (stop.received or 0)) from None
-    finally:
-        reporter.close()
-    try:
-        if main_process():
+        found = measured(last, work.reporter, runs, overrides=overrides or (), stopping=work.stopping)
+    with last_work() as alone:
+        if alone:
             found.write(folder)
-    finally:
-        leave_together()
     if not main_process():
         return
     if json:

@@ -31,7 +31,7 @@ Short, so that with the longest figures the table of one run is 80 columns wide.
 
 def print_report(report: "Report", show: int, console: "Console") -> None:
     """Sample replies if any are wanted, the figures, and what they mean."""
-    from prefopt_cli.sandbox.score import labels
+    from prefopt_cli.evaluation.labels import labels
 
     names = labels([score.name for score in (report.opponent, *report.policies)])
     if show:

@@ -116,7 +116,7 @@ def find_ancestry(recipe: Recipe, runs: RunFinder, progress: Progress | None = N
     lambdas = resolved_lambdas(settings.lambdas, [stage.dimension for stage in stages], place)
     require_new_dimension(dimension_of(recipe), [stage.dimension for stage in stages])
     start = _start(recipe, stages[-1], settings.previous[-1], progress)
-    base = _start_of(*found[0], runs=runs, progress=progress)
+    base = start_of(*found[0], runs=runs, progress=progress)
     return Ancestry(base, tuple(stages), lambdas, start)
 
 
@@ -150,6 +150,31 @@ def line_of(run: RunFolder, runs: RunFinder) -> list[RunFolder]:
         *(runs.find(each["run"], each.get("run_id"), f"an ancestor of {run.path}") for each in ancestors),
         run,
     ]
+
+
+def start_of(
+    run: RunFolder, manifest: Mapping[str, Any], *, runs: RunFinder, progress: Progress | None
+) -> PolicySource:
+    """The policy that a run began with, which is its reference.
+
+    Raises:
+        UserError: it is not there any more, or has changed.
+    """
+    lineage = manifest["lineage"]
+    name, adapter = lineage.get("name"), lineage.get("adapter")
+    recorded = PolicySource(lineage["weights"], Path(adapter) if adapter else None, None, name)
+    ancestors = ancestors_of(manifest)
+    if ancestors and not lineage.get("merged_from"):  # another run's policy; its folder may have been moved
+        parent = runs.find(ancestors[-1]["run"], ancestors[-1].get("run_id"), f"the start of {run.path}")
+        recorded = policy_of_run(parent, progress, key=f"the start of {run.path}")
+    elif name and not recorded.is_local and (named := find_scheme(name, "model")):
+        recorded = replace(recorded, weights=str(named.scheme.model_folder(named.name, progress)))
+    if not has_fingerprint(recorded, lineage["fingerprint"]):
+        raise UserError(
+            f"The policy that {run.path} began with, {recorded.describe()}, is not there any more or has changed, and "
+            "what the run learnt is measured from it. Restore it, or train the run anew."
+        )
+    return recorded
 
 
 def _find_runs(previous: Sequence[str], runs: RunFinder, key: str) -> list[Found]:
@@ -224,28 +249,3 @@ def _start(recipe: Recipe, last: Stage, name: str, progress: Progress | None) ->
         f"model.name_or_path: {wanted} is not the policy that the last of the earlier stages ended with. Write "
         f"{name}, which is also the reference."
     )
-
-
-def _start_of(
-    run: RunFolder, manifest: dict[str, Any], *, runs: RunFinder, progress: Progress | None
-) -> PolicySource:
-    """The policy that a run began with.
-
-    Raises:
-        UserError: it is not there any more, or has changed.
-    """
-    lineage = manifest["lineage"]
-    name, adapter = lineage.get("name"), lineage.get("adapter")
-    recorded = PolicySource(lineage["weights"], Path(adapter) if adapter else None, None, name)
-    ancestors = ancestors_of(manifest)
-    if ancestors and not lineage.get("merged_from"):  # another run's policy; its folder may have been moved
-        parent = runs.find(ancestors[-1]["run"], ancestors[-1].get("run_id"), f"the start of {run.path}")
-        recorded = policy_of_run(parent, progress, key=f"the start of {run.path}")
-    elif name and not recorded.is_local and (named := find_scheme(name, "model")):
-        recorded = replace(recorded, weights=str(named.scheme.model_folder(named.name, progress)))
-    if not has_fingerprint(recorded, lineage["fingerprint"]):
-        raise UserError(
-            f"The policy that {run.path} began with, {recorded.describe()}, is not there any more or has changed, and "
-            "the rewards of the earlier stages are measured from it. Restore it, or train the stages anew."
-        )
-    return recorded

@@ -58,10 +58,13 @@ class PolicySource:
         return text if self.run is None else f"{text} (run {self.run})"
 
 
-def find_policy(settings: ModelSettings, progress: Progress | None = None) -> PolicySource:
+def find_policy(
+    settings: ModelSettings, progress: Progress | None = None, *, key: str = "model.name_or_path"
+) -> PolicySource:
     """Resolve ``model.name_or_path``: run folder, adapter folder, model folder, hub id or a scheme's name.
 
-    ``progress`` is told of a scheme's work on a model that it makes at its first use.
+    ``progress`` is told of a scheme's work on a model that it makes at its first use; ``key`` is what names the
+    policy, for messages.
 
     Raises:
         UserError: a folder that is none of these, an unfinished run, or a path or name that does not exist.
@@ -72,13 +75,13 @@ def find_policy(settings: ModelSettings, progress: Progress | None = None) -> Po
     path = Path(name).expanduser()
     run = RunFolder(path)
     if run.is_run():
-        return policy_of_run(run, progress)
+        return policy_of_run(run, progress, key=key)
     if path.is_dir():
-        return _in_folder(path, None)
+        return _in_folder(path, None, key)
     if path.exists():
-        raise UserError(f"model.name_or_path: {name} is a file; name the folder that holds config.json.")
+        raise UserError(f"{key}: {name} is a file; name the folder that holds config.json.")
     if not _may_be_hub_id(name):
-        raise UserError(f"model.name_or_path: there is no folder {name} in {Path.cwd()}.{near_folder(path)}")
+        raise UserError(f"{key}: there is no folder {name} in {Path.cwd()}.{near_folder(path)}")
     return PolicySource(name)
 
 

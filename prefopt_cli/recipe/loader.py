@@ -42,7 +42,28 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         )
     locations = Locations(name, document.lines)
     problems = document.problems + apply_overrides(document.data, tuple(overrides), locations)
-    recipe = validate(document.data, problems, document.unreadable)
+    return _valid(document.data, problems, document.unreadable, locations)
+
+
+def make_recipe(data: dict[str, Any], overrides: Iterable[str] = (), *, name: str) -> Recipe:
+    """A recipe for which there is no file, with overrides laid over it.
+
+    Args:
+        data: what its file would say; it is changed.
+        overrides: `key.path=value`.
+        name: what it is called in messages.
+
+    Raises:
+        UserError: as of `load_recipe`.
+    """
+    locations = Locations(name, {(): 1})
+    return _valid(data, apply_overrides(data, tuple(overrides), locations), set(), locations)
+
+
+def _valid(
+    data: dict[str, Any], problems: list[Problem], unreadable: set[Path], locations: Locations
+) -> Recipe:
+    recipe = validate(data, problems, unreadable)
     if recipe is None:
         raise problems_error(problems, locations)
     return recipe

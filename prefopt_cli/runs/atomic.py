@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +44,13 @@ def file(path: Path) -> Iterator[BinaryIO]:
 def write_json(path: Path, value: Any) -> None:
     """As `write_text`, for a JSON value."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """As `write_text`, for one JSON value a line."""
+    with file(path) as opened:
+        for value in values:
+            opened.write((json.dumps(value, ensure_ascii=False) + "\n").encode("utf-8"))
 
 
 @contextlib.contextmanager

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.evaluation.labels import labels
 from prefopt_cli.runs import atomic
 from prefopt_cli.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from prefopt_cli.evaluation.statistics import Estimate
     from prefopt_cli.sandbox.score import Report
 
 EVALUATION = "sandbox"
@@ -22,7 +22,6 @@ EVALUATION = "sandbox"
 SUMMARY = "summary.json"
 PICTURE = "kl_win_rate.png"
 FORMATS = (".png", ".svg")
-DOTS_PER_INCH = 150
 
 
 @dataclass(frozen=True)
@@ -84,54 +83,24 @@ def save(report: "Report", plot: Path | None = None) -> Saved:
 
 def write_picture(report: "Report", path: Path) -> None:
     """KL to the base policy against win rate, one point per policy; the same report gives the same bytes."""
-    import matplotlib
+    from prefopt_cli.evaluation import kl_picture
 
-    kind = path.suffix.lower().removeprefix(".")
-    metadata = {"Date": None} if kind == "svg" else {}
-    with (
-        matplotlib.rc_context({"svg.hashsalt": "prefopt"}),
-        atomic.file(path.expanduser()) as unfinished,
-    ):
-        draw(report).savefig(unfinished, format=kind, dpi=DOTS_PER_INCH, metadata=metadata)
+    kl_picture.write_picture(draw(report), path)
 
 
 def draw(report: "Report") -> "Figure":
     """The picture, with intervals as bars."""
-    from matplotlib.figure import Figure
-
-    from prefopt_cli.sandbox.score import labels
+    from prefopt_cli.evaluation.kl_picture import Point, kl_picture
 
     names = labels([score.name for score in (*report.policies, report.opponent)])
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-    axes = figure.subplots()
-    for score in report.policies:
-        kl, won = score.figures["kl"], score.win_rates[report.dimension]
-        axes.errorbar(
-            kl.value,
-            100 * won.value,
-            xerr=_bars(kl),
-            yerr=_bars(won, 100),
-            fmt="o",
-            capsize=2,
-        )
-        axes.annotate(
-            names[score.name],
-            (kl.value, 100 * won.value),
-            textcoords="offset points",
-            xytext=(6, 5),
-            fontsize=8,
-            parse_math=False,  # a dollar in a folder's name is no formula
-        )
-    axes.axhline(50, color="grey", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("KL to the base policy (nats)")
-    axes.set_ylabel(
-        f"win rate by {report.dimension} against {names[report.opponent.name]} (%)", parse_math=False
+    points = [
+        Point(names[score.name], score.figures["kl"], score.win_rates[report.dimension])
+        for score in report.policies
+    ]
+    return kl_picture(
+        points,
+        x="KL to the base policy (nats)",
+        y=f"win rate by {report.dimension} against {names[report.opponent.name]} (%)",
+        scale=100,
+        even=0.5,
     )
-    axes.grid(alpha=0.2)
-    return figure
-
-
-def _bars(estimate: "Estimate", scale: float = 1.0) -> list[list[float]]:
-    """Lengths below and above; where all resamples agree, rounding must not make them negative."""
-    value, low, high = estimate
-    return [[max(0.0, scale * (value - low))], [max(0.0, scale * (high - value))]]

@@ -1,15 +1,12 @@
 """Judges trained policies by what only the sandbox knows: the true reward of every reply."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from prefopt_cli.recipe.schemes import Progress
 from prefopt_cli.sandbox.bench import Bench, Score
 from prefopt_cli.sandbox.grammar import Prompt, parse_reply
-from prefopt_cli.sandbox.origin import is_base
 from prefopt_cli.sandbox.plan import CLOSED_FORM, STANDARD, Plan, ScoreSettings, plan_score
 from prefopt_cli.sandbox.preferences import text_rewards
 from prefopt_cli.sandbox.world import open_world
@@ -118,13 +115,6 @@ def carry_out(plan: Plan, progress: Progress | None = None) -> Report:
         policies=[bench.look_at(name).score(opponent) for name in plan.policies],
         prompts=bench.prompts,
     )
-
-
-def labels(policies: Sequence[str]) -> dict[str, str]:
-    """Short names: the last folder of a run's path where no other policy has the same."""
-    short = {name: name if is_base(name) else Path(name).expanduser().absolute().name for name in policies}
-    counts = Counter(short.values())
-    return {name: label if counts[label] == 1 else name for name, label in short.items()}
 
 
 def _shown(prompt: Prompt, policy: str, text: str) -> Shown:

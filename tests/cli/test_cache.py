@@ -80,6 +80,7 @@ def test_info_as_json(prefopt: Prefopt, file: Path, folder: Path) -> None:
     found = json.loads(prefopt("cache", "info", "--json").out)
     assert found["folder"] == str(folder)
     assert found["sandbox"] == {"folder": str(folder / "sandbox"), "bytes": 0}
+    assert found["judge"] == {"folder": str(folder / "judge"), "bytes": 0}
     scores = found["scores"]
     assert (scores["file"], scores["bytes"]) == (str(file), file.stat().st_size)
     assert scores["problem"] is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.evaluation.labels import labels
 from prefopt_cli.evaluation.statistics import mean_with_interval
 from prefopt_cli.sandbox import bench
 from prefopt_cli.sandbox.bench import Bench, Score, Seen
@@ -19,7 +20,7 @@ from prefopt_cli.sandbox.names import DIMENSIONS, PreferencesName
 from prefopt_cli.sandbox.plan import Plan, ScoreSettings
 from prefopt_cli.sandbox.rewards import gold_rewards, reward_table
 from prefopt_cli.sandbox.sampling import Sample
-from prefopt_cli.sandbox.score import Report, labels
+from prefopt_cli.sandbox.score import Report
 from prefopt_cli.sandbox.targets import NamedTarget, closed_form, log_normalised
 from prefopt_cli.sandbox.world import PoolRow
 

@@ -1,0 +1,234 @@
+"""A comparison as a summary, as files, and in plain words."""
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from prefopt_cli.errors import PrefoptError
+from prefopt_cli.evaluation.compare import Comparison, Policy
+from prefopt_cli.evaluation.compare_page import compare_page
+from prefopt_cli.evaluation.evaluate import made_by
+from prefopt_cli.evaluation.findings import Finding, in_order, percent, points
+from prefopt_cli.evaluation.kl_picture import Point, kl_picture, write_picture
+from prefopt_cli.evaluation.paired import SHOWN, Decode, PairedSet
+from prefopt_cli.evaluation.statistics import LEVEL, Estimate
+from prefopt_cli.models import loading
+from prefopt_cli.runs import atomic, environment
+
+SUMMARY, TABLE, CHANGES, REPORT = "summary.json", "compare.csv", "changes.jsonl", "report.html"
+PICTURE = "kl.png"
+KL_AXIS = "KL to the reference (nats)"
+
+SIGNIFICANT = 0.05
+"""Holm-adjusted p-values below it are worth a finding."""
+
+
+def summary_of(comparison: Comparison) -> dict[str, Any]:
+    """Everything for JSON; of the pairs that changed sides only how many."""
+    return {
+        "baseline": comparison.baseline.target.name,
+        "level": LEVEL,
+        "kl": comparison.kl.to_dict() if comparison.kl else None,
+        "policies": [_policy(comparison, each) for each in comparison.policies],
+        "skipped": [{"name": each.name, "reason": each.reason} for each in comparison.skipped],
+        "sets": {name: _set(each) for name, each in comparison.sets.items()},
+        "findings": [each.to_dict() for each in comparison_findings(comparison)],
+        "made": comparison.made,
+        "versions": environment.versions(),
+    }
+
+
+def write(comparison: Comparison, folder: Path, plot: Path | None = None) -> None:
+    """Write summary, table, changed pairs, page and picture, each atomically.
+
+    Args:
+        comparison: what was found out.
+        folder: where the files go.
+        plot: where the picture of KL against accuracy or gold reward goes; None: into the folder.
+
+    Raises:
+        PrefoptError: the folder cannot be written.
+    """
+    summary = summary_of(comparison)
+    decode = _decoder(comparison.baseline)
+    changed = {
+        name: {policy.label: each.change_records(policy.label, decode) for policy in comparison.policies[1:]}
+        for name, each in comparison.sets.items()
+    }
+    shown = {
+        name: [record for records in by_policy.values() for record in records[:SHOWN]]
+        for name, by_policy in changed.items()
+    }
+    others = ", ".join(each.label for each in comparison.policies[1:])
+    page = compare_page(
+        {**summary, "changed": shown},
+        title=f"{others} against {comparison.baseline.label}",
+        made=made_by(summary),
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_json_lines(
+            folder / CHANGES,
+            (record for by in changed.values() for records in by.values() for record in records),
+        )
+        atomic.write_text(folder / TABLE, _table(comparison))
+        atomic.write_json(folder / SUMMARY, summary)
+        atomic.write_text(folder / REPORT, page)
+        if drawn := _picture(comparison):
+            write_picture(drawn, plot or folder / PICTURE)
+    except OSError as error:
+        raise PrefoptError(f"The comparison cannot be written to {folder}: {error.strerror}.") from error
+
+
+def comparison_findings(comparison: Comparison) -> list[Finding]:
+    """What is worth saying, policy by policy, what matters most first."""
+    found = [finding for name, each in comparison.sets.items() for finding in _of_set(comparison, name, each)]
+    return in_order(found)
+
+
+def _of_set(comparison: Comparison, name: str, paired: PairedSet) -> Iterator[Finding]:
+    first = comparison.baseline.label
+    references = {each.target.reference for each in comparison.policies if each.target.reference}
+    if len(references) > 1:
+        yield Finding(
+            "different_references",
+            name,
+            "warning",
+            f"The policies are measured from {len(references)} different references: their rewards and KLs are of "
+            "different things. --reference RUN_OR_MODEL measures all from one.",
+            float(len(references)),
+            1.0,
+        )
+    if paired.left_out:
+        yield Finding(
+            "left_out",
+            name,
+            "note",
+            f"{paired.left_out:,} rows are left out, because not every policy could take them in full.",
+            float(paired.left_out),
+            0.0,
+        )
+    undecided = []
+    for label, measures in paired.differences.items():
+        difference = measures["accuracy/main"]
+        if difference.p_holm >= SIGNIFICANT:
+            undecided.append(label)
+            continue
+        better = difference.estimate.value > 0
+        yield Finding(
+            "better_than_baseline" if better else "worse_than_baseline",
+            name,
+            "good" if better else "warning",
+            f"{label} is {'more' if better else 'less'} accurate than {first}: "
+            f"{percent(_accuracy(paired, label))} against {percent(_accuracy(paired, first))}, difference "
+            f"{points(difference.estimate)} points, p = {difference.p_holm:.2g} (Holm).",
+            difference.estimate.value,
+            0.0,
+        )
+    if undecided:
+        yield Finding(
+            "like_baseline",
+            name,
+            "note",
+            f"No difference to {first} in accuracy is certain for {', '.join(undecided)} (Holm-adjusted p of "
+            f"{SIGNIFICANT} or more).",
+            float(len(undecided)),
+            SIGNIFICANT,
+        )
+
+
+def _accuracy(paired: PairedSet, label: str) -> Estimate:
+    return paired.figures[label][f"accuracy/{paired.scored[label].main}"]
+
+
+def _policy(comparison: Comparison, policy: Policy) -> dict[str, Any]:
+    target = policy.target
+    return {
+        "name": target.name,
+        "label": policy.label,
+        "run": str(target.run.path) if target.run else None,
+        "method": target.recipe.method.model_dump() if target.run else None,
+        "reference": target.reference.describe() if target.reference else None,
+        "reward": target.reward.to_dict() if target.reward else None,
+        "kl": policy.kl.to_dict() if policy.kl else None,
+        "gold": {name: each.to_dict() for name, each in policy.gold.items()} if policy.gold else None,
+        "skipped": None,
+        "sets": {name: _under(each, policy.label) for name, each in comparison.sets.items()},
+    }
+
+
+def _under(paired: PairedSet, label: str) -> dict[str, Any]:
+    """A set under one policy."""
+    changes = paired.changes.get(label)
+    calibration = paired.calibration.get(label)
+    differences = paired.differences.get(label)
+    return {
+        "pairs": len(paired.first.chosen),
+        "main": paired.scored[label].main,
+        "figures": {name: each.to_dict() for name, each in paired.figures[label].items()},
+        "calibration": {
+            name: getattr(calibration, name).to_dict() for name in ("ece", "log_loss", "brier", "scale")
+        }
+        if calibration
+        else None,
+        "differences": {name: each.to_dict() for name, each in differences.items()} if differences else None,
+        "changed": {
+            "to_chosen": sum(each.to == "chosen" for each in changes),
+            "to_rejected": sum(each.to == "rejected" for each in changes),
+        }
+        if changes is not None
+        else None,
+    }
+
+
+def _set(paired: PairedSet) -> dict[str, Any]:
+    return {
+        "pairs": len(paired.first.chosen),
+        "prompts": len(set(paired.first.prompts.tolist())),
+        "left_out": paired.left_out,
+        "main": paired.first.main,
+        "data": paired.first.held_out.fingerprint,
+    }
+
+
+def _table(comparison: Comparison) -> str:
+    """Long form: a line per figure."""
+    text = io.StringIO()
+    lines = csv.writer(text, lineterminator="\n")
+    lines.writerow(["policy", "set", "measure", "value", "low", "high", "p", "p_holm"])
+
+    def line(policy: Policy, name: str, measure: str, estimate: Estimate, *rest: float) -> None:
+        lines.writerow([policy.target.name, name, measure, *(f"{each:.8g}" for each in (*estimate, *rest))])
+
+    for policy in comparison.policies:
+        if policy.kl:
+            line(policy, "", "kl", policy.kl)
+        for dimension, gold in (policy.gold or {}).items():
+            line(policy, "", f"gold/{dimension}", gold)
+        for name, paired in comparison.sets.items():
+            for measure, estimate in paired.figures[policy.label].items():
+                line(policy, name, measure, estimate)
+            for measure, found in paired.differences.get(policy.label, {}).items():
+                line(policy, name, f"difference/{measure}", found.estimate, found.p, found.p_holm)
+    return text.getvalue()
+
+
+def _picture(comparison: Comparison) -> Figure | None:
+    """KL against gold reward where it is known of all, else against accuracy on the first set; None without any KL."""
+    policies = [each for each in comparison.policies if each.kl]
+    name, paired = next(iter(comparison.sets.items()))
+    gold = next(iter(policies[0].gold or {}), None) if policies else None
+    if gold is not None and all(each.gold and gold in each.gold for each in policies):
+        points = [Point(each.label, each.kl, each.gold[gold]) for each in policies if each.kl and each.gold]
+        return kl_picture(points, x=KL_AXIS, y=f"gold reward ({gold})")
+    points = [Point(each.label, each.kl, _accuracy(paired, each.label)) for each in policies if each.kl]
+    return kl_picture(points, x=KL_AXIS, y=f"accuracy on {name} (%)", scale=100, even=0.5) if points else None
+
+
+def _decoder(policy: Policy) -> Decode:
+    tokenizer = loading.load_tokenizer(policy.target.source, policy.target.recipe.model)
+    return lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefopt_cli.cli.evaluation_report import print_findings, text
+from prefopt_cli.cli.evaluation_report import SCORES, print_findings, text
 from prefopt_cli.cli.tables import Column, print_line, print_table
 
 if TYPE_CHECKING:
@@ -48,11 +48,10 @@ def print_comparison(comparison: "Comparison", sort: str, folder: Path, console:
 def _print_set(comparison: "Comparison", paired: "PairedSet", sort: str, console: "Console") -> None:
     policies = sorted(comparison.policies, key=lambda each: _key(each, paired, sort))
     labels = [each.label for each in policies]
-    main = {label: paired.scored[label].main for label in labels}
     columns = [
         Column(
-            "accuracy, %",
-            [text(paired.figures[each][f"accuracy/{main[each]}"], percent=True) for each in labels],
+            f"accuracy by\n{SCORES[paired.main]}, %",
+            [text(paired.figures[each][f"accuracy/{paired.main}"], percent=True) for each in labels],
         ),
         Column(
             "difference,\npoints  ",
@@ -63,7 +62,7 @@ def _print_set(comparison: "Comparison", paired: "PairedSet", sort: str, console
             "log-prob\naccuracy, %",
             [text(paired.figures[each]["accuracy/logp"], percent=True) for each in labels],
         ),
-        Column("margin", [text(paired.figures[each][f"margin/{main[each]}"]) for each in labels]),
+        Column("margin", [text(paired.figures[each][f"margin/{paired.main}"]) for each in labels]),
     ]
     if any(each.kl for each in policies):
         columns.append(Column("KL, nats", [text(each.kl) if each.kl else "" for each in policies]))
@@ -87,7 +86,7 @@ def _print_set(comparison: "Comparison", paired: "PairedSet", sort: str, console
 
 def _key(policy: "Policy", paired: "PairedSet", sort: str) -> tuple[float, str]:
     """Best first; the KL from the lowest on."""
-    figures, main = paired.figures[policy.label], paired.scored[policy.label].main
+    figures, main = paired.figures[policy.label], paired.main
     if sort == "kl":
         return (policy.kl.value if policy.kl else math.inf, policy.label)
     if sort == "gold":

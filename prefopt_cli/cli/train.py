@@ -117,6 +117,8 @@ def _as_json(outcome: "Outcome") -> str:
 
 
 def _print_finished(outcome: "Outcome") -> None:
+    import shlex
+
     from prefopt_cli.cli.progress import figures
 
     console = standard_output()
@@ -126,3 +128,7 @@ def _print_finished(outcome: "Outcome") -> None:
         console.print(f"Already finished ({outcome.step} steps): nothing to do.", markup=False)
     console.print(f"Policy: {outcome.run.model}", markup=False, soft_wrap=True)
     console.print(f"Run:    {outcome.run.path}", markup=False, soft_wrap=True)
+    if {"train", "prompts"} < {"train", "prompts", *outcome.run.read_manifest().get("data", {})}:
+        console.print(
+            f"Judge it: prefopt eval {shlex.quote(str(outcome.run.path))}", markup=False, soft_wrap=True
+        )

@@ -2,7 +2,6 @@
 
 import csv
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from matplotlib.figure import Figure
 
 from prefopt_cli.errors import PrefoptError
 from prefopt_cli.evaluation.compare import Comparison, Policy
+from prefopt_cli.evaluation.compare_findings import comparison_findings
 from prefopt_cli.evaluation.compare_page import compare_page
 from prefopt_cli.evaluation.evaluate import made_by
-from prefopt_cli.evaluation.findings import Finding, in_order, percent, points
 from prefopt_cli.evaluation.kl_picture import Point, kl_picture, write_picture
 from prefopt_cli.evaluation.paired import SHOWN, Decode, PairedSet
 from prefopt_cli.evaluation.statistics import LEVEL, Estimate
@@ -22,9 +21,6 @@ from prefopt_cli.runs import atomic, environment
 SUMMARY, TABLE, CHANGES, REPORT = "summary.json", "compare.csv", "changes.jsonl", "report.html"
 PICTURE = "kl.png"
 KL_AXIS = "KL to the reference (nats)"
-
-SIGNIFICANT = 0.05
-"""Holm-adjusted p-values below it are worth a finding."""
 
 
 def summary_of(comparison: Comparison) -> dict[str, Any]:
@@ -84,67 +80,6 @@ def write(comparison: Comparison, folder: Path, plot: Path | None = None) -> Non
         raise PrefoptError(f"The comparison cannot be written to {folder}: {error.strerror}.") from error
 
 
-def comparison_findings(comparison: Comparison) -> list[Finding]:
-    """What is worth saying, policy by policy, what matters most first."""
-    found = [finding for name, each in comparison.sets.items() for finding in _of_set(comparison, name, each)]
-    return in_order(found)
-
-
-def _of_set(comparison: Comparison, name: str, paired: PairedSet) -> Iterator[Finding]:
-    first = comparison.baseline.label
-    references = {each.target.reference for each in comparison.policies if each.target.reference}
-    if len(references) > 1:
-        yield Finding(
-            "different_references",
-            name,
-            "warning",
-            f"The policies are measured from {len(references)} different references: their rewards and KLs are of "
-            "different things. --reference RUN_OR_MODEL measures all from one.",
-            float(len(references)),
-            1.0,
-        )
-    if paired.left_out:
-        yield Finding(
-            "left_out",
-            name,
-            "note",
-            f"{paired.left_out:,} rows are left out, because not every policy could take them in full.",
-            float(paired.left_out),
-            0.0,
-        )
-    undecided = []
-    for label, measures in paired.differences.items():
-        difference = measures["accuracy/main"]
-        if difference.p_holm >= SIGNIFICANT:
-            undecided.append(label)
-            continue
-        better = difference.estimate.value > 0
-        yield Finding(
-            "better_than_baseline" if better else "worse_than_baseline",
-            name,
-            "good" if better else "warning",
-            f"{label} is {'more' if better else 'less'} accurate than {first}: "
-            f"{percent(_accuracy(paired, label))} against {percent(_accuracy(paired, first))}, difference "
-            f"{points(difference.estimate)} points, p = {difference.p_holm:.2g} (Holm).",
-            difference.estimate.value,
-            0.0,
-        )
-    if undecided:
-        yield Finding(
-            "like_baseline",
-            name,
-            "note",
-            f"No difference to {first} in accuracy is certain for {', '.join(undecided)} (Holm-adjusted p of "
-            f"{SIGNIFICANT} or more).",
-            float(len(undecided)),
-            SIGNIFICANT,
-        )
-
-
-def _accuracy(paired: PairedSet, label: str) -> Estimate:
-    return paired.figures[label][f"accuracy/{paired.scored[label].main}"]
-
-
 def _policy(comparison: Comparison, policy: Policy) -> dict[str, Any]:
     target = policy.target
     return {
@@ -168,7 +103,7 @@ def _under(paired: PairedSet, label: str) -> dict[str, Any]:
     differences = paired.differences.get(label)
     return {
         "pairs": len(paired.first.chosen),
-        "main": paired.scored[label].main,
+        "main": paired.main,
         "figures": {name: each.to_dict() for name, each in paired.figures[label].items()},
         "calibration": {
             name: getattr(calibration, name).to_dict() for name in ("ece", "log_loss", "brier", "scale")
@@ -190,7 +125,8 @@ def _set(paired: PairedSet) -> dict[str, Any]:
         "pairs": len(paired.first.chosen),
         "prompts": len(set(paired.first.prompts.tolist())),
         "left_out": paired.left_out,
-        "main": paired.first.main,
+        "dropped": paired.first.held_out.dropped,
+        "main": paired.main,
         "data": paired.first.held_out.fingerprint,
     }
 
@@ -225,7 +161,11 @@ def _picture(comparison: Comparison) -> Figure | None:
     if gold is not None and all(each.gold and gold in each.gold for each in policies):
         points = [Point(each.label, each.kl, each.gold[gold]) for each in policies if each.kl and each.gold]
         return kl_picture(points, x=KL_AXIS, y=f"gold reward ({gold})")
-    points = [Point(each.label, each.kl, _accuracy(paired, each.label)) for each in policies if each.kl]
+    points = [
+        Point(each.label, each.kl, paired.figures[each.label][f"accuracy/{paired.main}"])
+        for each in policies
+        if each.kl
+    ]
     return kl_picture(points, x=KL_AXIS, y=f"accuracy on {name} (%)", scale=100, even=0.5) if points else None
 
 

@@ -50,7 +50,14 @@ class Evaluation:
         reference = self.target.reference
         return {
             "policy": self.target.to_dict(),
-            "reference": {"description": reference.describe()} if reference else None,
+            "reference": (
+                {
+                    "name": reference.name or str(reference.run or reference.weights),
+                    "description": reference.describe(),
+                }
+                if reference
+                else None
+            ),
             "reward": self.target.reward.to_dict() if self.target.reward else None,
             "level": LEVEL,
             "sets": {name: figures.to_dict() for name, figures in self.sets.items()},

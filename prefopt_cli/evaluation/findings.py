@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from prefopt_cli.evaluation.figures import GAIN_LENGTH, LENGTH_ONLY, SetFigures
-from prefopt_cli.evaluation.scored import REWARD
+from prefopt_cli.evaluation.scored import REWARD, ScoredSet
 from prefopt_cli.evaluation.statistics import Estimate
 
 Weight = Literal["warning", "note", "good"]
@@ -246,15 +246,21 @@ def _confidence(of: SetFigures) -> _Said:
 
 
 def _dropped(of: SetFigures) -> _Said:
-    rows = len(of.scored.prompts)
+    for each in dropped_rows("", of.scored):
+        yield each.code, each.weight, each.text, each.figure, each.threshold
+
+
+def dropped_rows(name: str, scored: ScoredSet) -> Iterator[Finding]:
+    """Whether many rows of a set were left out, for other reasons than that the user wanted it so."""
     dropped = {
-        reason: count for reason, count in of.scored.held_out.dropped.items() if reason not in WANTED_AWAY
+        reason: count for reason, count in scored.held_out.dropped.items() if reason not in WANTED_AWAY
     }
-    share = sum(dropped.values()) / (rows + sum(dropped.values()))
+    share = sum(dropped.values()) / (len(scored.prompts) + sum(dropped.values()))
     if share > DROPPED:
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items())
-        yield (
+        yield Finding(
             "dropped_rows",
+            name,
             "warning",
             f"{share:.1%} of the rows could not be scored ({reasons}); the figures are about the others.",
             share,

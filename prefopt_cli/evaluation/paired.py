@@ -13,9 +13,10 @@ from prefopt_cli.evaluation.calibration import Calibration, calibration
 from prefopt_cli.evaluation.figures import pair_quantities, won
 from prefopt_cli.evaluation.scored import LOGP, REWARD, ScoredSet
 from prefopt_cli.evaluation.significance import holm, paired_p_value
+from prefopt_cli.evaluation.targets import Reward
 
 MEASURES = ("accuracy/main", "accuracy/logp", "margin/main")
-"""What is compared, pair by pair; the margin only where both have an implicit reward, or neither has."""
+"""What is compared, pair by pair; the margin only where both rewards are of one kind."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -56,6 +57,8 @@ class PairedSet:
     """One set under all policies."""
 
     name: str
+    main: str
+    """The score that all are compared by: the implicit reward where every policy has one, else the log-probability."""
     scored: dict[str, ScoredSet]
     """By label, the first one's first: all of the same pairs."""
     figures: dict[str, dict[str, Estimate]]
@@ -115,7 +118,8 @@ def paired_set(name: str, scored: Mapping[str, ScoredSet], *, seed: int = 0) -> 
         for label, each in aligned.items()
         for figure, quantity in pair_quantities(each).items()
     }
-    apart = {label: _apart(first[1], each) for label, each in others}
+    main = REWARD if all(each.reward for each in aligned.values()) else LOGP
+    apart = {label: _apart(first[1], each, main) for label, each in others}
     quantities |= {
         f"{label}|difference {measure}": mean(values)
         for label, measures in apart.items()
@@ -125,6 +129,7 @@ def paired_set(name: str, scored: Mapping[str, ScoredSet], *, seed: int = 0) -> 
     found = estimates(quantities, clusters, seed=seed)
     return PairedSet(
         name=name,
+        main=main,
         scored=aligned,
         figures={
             label: {figure: found[f"{label}|{figure}"] for figure in pair_quantities(each)}
@@ -146,7 +151,7 @@ def paired_set(name: str, scored: Mapping[str, ScoredSet], *, seed: int = 0) -> 
             }
             for label, measures in apart.items()
         },
-        changes={label: _changes(first[1], each) for label, each in others},
+        changes={label: _changes(first[1], each, main) for label, each in others},
         left_out=left_out,
     )
 
@@ -203,18 +208,23 @@ def _full_rows(scored: ScoredSet) -> dict[str, int]:
     return {row: place for place, (row, ranks) in enumerate(found) if ranks == tuple(texts[row].ranks)}
 
 
-def _apart(first: ScoredSet, other: ScoredSet) -> dict[str, np.ndarray]:
+def _apart(first: ScoredSet, other: ScoredSet, main: str) -> dict[str, np.ndarray]:
     """By measure, (P,) the other policy minus the first."""
-    main = [each.margins(each.scores[each.main]) for each in (other, first)]
+    own = [each.margins(each.scores[main]) for each in (other, first)]
     logp = [each.margins(each.scores[LOGP]) for each in (other, first)]
-    found = {"accuracy/main": won(main[0]) - won(main[1]), "accuracy/logp": won(logp[0]) - won(logp[1])}
-    if other.main == first.main:
-        found["margin/main"] = main[0] - main[1]
+    found = {"accuracy/main": won(own[0]) - won(own[1]), "accuracy/logp": won(logp[0]) - won(logp[1])}
+    if main == LOGP or _of_one_kind(first.reward, other.reward):
+        found["margin/main"] = own[0] - own[1]
     return found
 
 
-def _changes(first: ScoredSet, other: ScoredSet) -> tuple[Change, ...]:
-    before, after = (each.margins(each.scores[each.main]) for each in (first, other))
+def _of_one_kind(*rewards: Reward | None) -> bool:
+    """Whether the margins of the rewards are of the same thing, up to a scale."""
+    return len({(each.relative, each.per_token) for each in rewards if each}) == 1
+
+
+def _changes(first: ScoredSet, other: ScoredSet, main: str) -> tuple[Change, ...]:
+    before, after = (each.margins(each.scores[main]) for each in (first, other))
     places = np.flatnonzero(before * after < 0)
     starts = first.row_starts[first.pair_rows]
     found = [

@@ -18,8 +18,8 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.sandbox.names import LARGEST_SEED
 
 if TYPE_CHECKING:
-    from prefopt_cli.evaluation.judge_requests import Patience
-    from prefopt_cli.evaluation.judging import Judge
+    from prefopt_cli.evaluation.judges.judging import Judge
+    from prefopt_cli.evaluation.judges.requests import Patience
 
 EPILOG = "Example: prefopt sample runs/gpo-hh --against reference --judge reward-model:PATH"
 
@@ -159,8 +159,8 @@ def sample(
     from prefopt_cli.cli.sample_report import print_samples
     from prefopt_cli.evaluation.asking import find_prompts, held_out_prompts
     from prefopt_cli.evaluation.generation import Drawing, SamplingStopped, find_writers
-    from prefopt_cli.evaluation.judge_requests import Patience
-    from prefopt_cli.evaluation.judging import JudgingStopped
+    from prefopt_cli.evaluation.judges.judging import JudgingStopped
+    from prefopt_cli.evaluation.judges.requests import Patience
     from prefopt_cli.evaluation.side_by_side import require_judgeable, side_by_side
     from prefopt_cli.runs.finding import RunFinder
     from prefopt_cli.runs.writable import require_writable
@@ -252,10 +252,10 @@ def _judge(judge: str | None, url: str | None, prompt: Path | None, patience: "P
         return None
     kind, _, name = judge.partition(":")
     if kind == REWARD_MODEL:
-        from prefopt_cli.evaluation.judge_reward_model import RewardModelJudge
+        from prefopt_cli.evaluation.judges.reward_model import RewardModelJudge
 
         return RewardModelJudge(name)
-    from prefopt_cli.evaluation.judge_openai import OpenAIJudge, read_rubric
+    from prefopt_cli.evaluation.judges.openai import OpenAIJudge, read_rubric
 
     key = os.environ.get(KEY_VARIABLE)
     return OpenAIJudge(name, url or "", key=key, rubric=read_rubric(prompt), patience=patience)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from prefopt_cli.data.examples import Text
-    from prefopt_cli.evaluation.judging import Ruling, Tally
+    from prefopt_cli.evaluation.judges.judging import Ruling, Tally
     from prefopt_cli.evaluation.side_by_side import Samples, Written
     from prefopt_cli.evaluation.statistics import Estimate
 
@@ -88,7 +88,7 @@ def _print_text(begins: str, text: str, console: "Console") -> None:
 
 
 def _print_ruling(ruling: "Ruling", names: list[str], begins: str, console: "Console") -> None:
-    from prefopt_cli.evaluation.judging import Outcome
+    from prefopt_cli.evaluation.judges.judging import Outcome
 
     own, other = names
     said = {

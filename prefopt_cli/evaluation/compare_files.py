@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from prefopt_cli.errors import PrefoptError
 from prefopt_cli.evaluation.compare import Comparison, Policy
 from prefopt_cli.evaluation.compare_findings import comparison_findings
-from prefopt_cli.evaluation.compare_page import compare_page
 from prefopt_cli.evaluation.evaluate import made_by
 from prefopt_cli.evaluation.kl_picture import Point, kl_picture, write_picture
+from prefopt_cli.evaluation.pages.compare_page import compare_page
 from prefopt_cli.evaluation.paired import SHOWN, Decode, PairedSet
 from prefopt_cli.evaluation.statistics import LEVEL, Estimate
 from prefopt_cli.models import loading

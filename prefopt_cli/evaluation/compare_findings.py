@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from prefopt_cli.evaluation.bootstrap import Estimate
 from prefopt_cli.evaluation.compare import Comparison
 from prefopt_cli.evaluation.findings import Finding, dropped_rows, in_order, percent, points
 from prefopt_cli.evaluation.paired import PairedSet
+from prefopt_cli.evaluation.statistics.bootstrap import Estimate
 
 SIGNIFICANT = 0.05
 """Holm-adjusted p-values below it are worth a finding."""

@@ -12,8 +12,8 @@ from prefopt_cli.errors import PrefoptError
 from prefopt_cli.evaluation.figures import SetFigures, figures_of
 from prefopt_cli.evaluation.findings import Finding, findings_of
 from prefopt_cli.evaluation.held_out import HeldOutSet
-from prefopt_cli.evaluation.plots import PlotData
-from prefopt_cli.evaluation.report import report_page
+from prefopt_cli.evaluation.pages.plots import PlotData
+from prefopt_cli.evaluation.pages.report import report_page
 from prefopt_cli.evaluation.scored import ScoredSet, scored_set
 from prefopt_cli.evaluation.statistics import LEVEL
 from prefopt_cli.evaluation.targets import Target, require_same_tokens

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from prefopt_cli.evaluation import ranking
-from prefopt_cli.evaluation.bootstrap import Quantity, estimates, mean, share
-from prefopt_cli.evaluation.calibration import Calibration, calibration
 from prefopt_cli.evaluation.scored import REWARD, ScoredSet
-from prefopt_cli.evaluation.statistics import Estimate
+from prefopt_cli.evaluation.statistics import Estimate, ranking
+from prefopt_cli.evaluation.statistics.bootstrap import Quantity, estimates, mean, share
+from prefopt_cli.evaluation.statistics.calibration import Calibration, calibration
 
 BUCKETS = 5
 """Buckets of the difference in length, of about equal size."""

@@ -8,11 +8,11 @@ import numpy as np
 
 from prefopt_cli.data.examples import plain_text
 from prefopt_cli.errors import UserError
-from prefopt_cli.evaluation.bootstrap import Estimate, estimates, mean
-from prefopt_cli.evaluation.calibration import Calibration, calibration
 from prefopt_cli.evaluation.figures import pair_quantities, won
 from prefopt_cli.evaluation.scored import LOGP, REWARD, ScoredSet
-from prefopt_cli.evaluation.significance import holm, paired_p_value
+from prefopt_cli.evaluation.statistics.bootstrap import Estimate, estimates, mean
+from prefopt_cli.evaluation.statistics.calibration import Calibration, calibration
+from prefopt_cli.evaluation.statistics.significance import holm, paired_p_value
 from prefopt_cli.evaluation.targets import Reward
 
 MEASURES = ("accuracy/main", "accuracy/logp", "margin/main")

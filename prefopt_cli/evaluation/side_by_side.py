@@ -9,8 +9,8 @@ from typing import Any
 from prefopt_cli.errors import UserError
 from prefopt_cli.evaluation.asking import Asked, Prompts, choose
 from prefopt_cli.evaluation.generation import Drawing, Reply, SamplingStopped, Writer, draw
-from prefopt_cli.evaluation.judge_reward_model import RewardModelJudge
-from prefopt_cli.evaluation.judging import Judge, Question, Ruling, Tally, rule, tally
+from prefopt_cli.evaluation.judges.judging import Judge, Question, Ruling, Tally, rule, tally
+from prefopt_cli.evaluation.judges.reward_model import RewardModelJudge
 from prefopt_cli.evaluation.statistics import LEVEL, Estimate, mean_with_interval
 from prefopt_cli.runs import atomic
 from prefopt_cli.training.reporting import Reporter

@@ -14,12 +14,12 @@ from rich.console import Console
 from prefopt_cli.cli.sample_report import print_samples
 from prefopt_cli.evaluation.asking import Asked
 from prefopt_cli.evaluation.generation import Drawing, Reply, Writer
-from prefopt_cli.evaluation.judging import Outcome, Ruling, Verdict, tally
+from prefopt_cli.evaluation.judges.judging import Outcome, Ruling, Verdict, tally
 from prefopt_cli.evaluation.side_by_side import Samples, Written
 from prefopt_cli.models.policy import PolicySource
 from tests.cli.conftest import Prefopt, environment
-from tests.evaluation.test_judge_openai import KEY, Server, server, status, text  # noqa: F401
-from tests.evaluation.test_judge_reward_model import build_reward_model
+from tests.evaluation.judges.test_openai import KEY, Server, server, status, text  # noqa: F401
+from tests.evaluation.judges.test_reward_model import build_reward_model
 from tests.training.conftest import Run, make_recipe, run, shared_run  # noqa: F401
 
 FEW = ("--limit", "3", "--max-new-tokens", "8")

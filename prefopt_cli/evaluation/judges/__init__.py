@@ -1,0 +1,1 @@
+"""Which of two replies is better: reward models, and models behind an OpenAI-compatible interface."""

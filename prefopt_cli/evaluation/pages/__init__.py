@@ -1,0 +1,1 @@
+"""The reports: one self-contained HTML page for an evaluation or a comparison."""

@@ -1,5 +1,6 @@
 """`prefopt compare`."""
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,9 @@ from prefopt_cli.cli.evaluate import BetaOption, DataOption, DimensionOption, Re
 EPILOG = "Example: prefopt compare runs/* --sort kl"
 
 NAME = "compare"
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
+"""What can only be KEY=VALUE, unless there is a folder of this name; a path has a slash before any equals sign."""
 
 
 class Sort(StrEnum):
@@ -95,8 +99,8 @@ def compare(
 
     if beta == 0:
         raise UserError("--beta 0: every reward would be 0; give a number above it.")
-    names = [each for each in runs if "=" not in each or Path(each).exists()]
-    overrides = [each for each in runs if each not in names]
+    overrides = [each for each in runs if OVERRIDE.match(each) and not Path(each).exists()]
+    names = [each for each in runs if each not in overrides]
     if baseline:
         place = Path(baseline).resolve()
         names = [baseline, *(each for each in names if Path(each).resolve() != place)]
@@ -113,9 +117,10 @@ def compare(
         require_picture_path(plot)
         if not kl_prompts:
             raise UserError("--plot draws the KL, which --kl-prompts 0 leaves out. Give one of them alone.")
+    finder = RunFinder(runs_dir)
     with scoring() as work:
         targets, skipped = find_targets(
-            names, work.reporter, RunFinder(runs_dir), reference=reference, beta=beta, overrides=overrides
+            names, work.reporter, finder, reference=reference, beta=beta, overrides=overrides
         )
         if baseline and skipped and skipped[0].name == baseline.rstrip("/"):
             raise UserError(
@@ -129,6 +134,7 @@ def compare(
             targets,
             settings,
             work.reporter,
+            finder,
             skipped=skipped,
             kl_prompts=kl_prompts,
             stopping=work.stopping,

@@ -18,15 +18,15 @@ SIGNIFICANT = "*"
 
 def print_comparison(comparison: "Comparison", sort: str, folder: Path, console: "Console") -> None:
     """A table for every set, the findings, and where the files are."""
-    from prefopt_cli.evaluation.compare_files import comparison_findings
+    from prefopt_cli.evaluation.compare_findings import comparison_findings
 
     for each in comparison.skipped:
         print_line(console, f"Left out: {each.name} ({each.reason}).")
     if comparison.skipped:
         print_line(console)
     for name, paired in comparison.sets.items():
-        pairs = f"{len(paired.first.chosen):,} pairs of {len(set(paired.first.prompts.tolist())):,} prompts"
-        print_line(console, f"{name}: {pairs}, measured from {comparison.baseline.label}")
+        counts = f"pairs: {len(paired.first.chosen):,}, prompts: {paired.prompts:,}"
+        print_line(console, f"{name} ({counts}), measured from {comparison.baseline.label}")
         print_line(console)
         _print_set(comparison, paired, sort, console)
         print_line(console)
@@ -34,14 +34,18 @@ def print_comparison(comparison: "Comparison", sort: str, folder: Path, console:
     print_line(
         console,
         f"In brackets: 95 % intervals, prompts resampled. {SIGNIFICANT} p < 0.05, prompts permuted, adjusted for all "
-        "comparisons (Holm).",
+        "policies and sets (Holm).",
     )
-    if any(policy.kl for policy in comparison.policies) and comparison.kl:
+    sampled = {policy.divergence.prompts for policy in comparison.policies if policy.divergence}
+    if sampled and comparison.kl:
         print_line(
             console,
             f"KL: to each policy's reference, over samples of up to {comparison.kl.max_new_tokens} tokens to "
-            f"{comparison.kl.prompts} held-out prompts.",
+            f"{' or '.join(map(str, sorted(sampled)))} held-out prompts.",
         )
+    for policy in comparison.policies:
+        for note in policy.trained.notes:
+            print_line(console, f"{policy.label}: {note}")
     print_line(console, f"Files: {folder} (report.html opens in a browser)")
 
 
@@ -58,11 +62,20 @@ def _print_set(comparison: "Comparison", paired: "PairedSet", sort: str, console
             [_difference(paired, each, "accuracy/main", percent=True) for each in labels],
         ),
         Column("p\n(Holm)", [_p(paired, each) for each in labels]),
-        Column(
-            "log-prob\naccuracy, %",
-            [text(paired.figures[each]["accuracy/logp"], percent=True) for each in labels],
+        *(
+            [
+                Column(
+                    f"accuracy by\n{SCORES['logp']}, %",
+                    [text(paired.figures[each]["accuracy/logp"], percent=True) for each in labels],
+                )
+            ]
+            if paired.main != "logp"
+            else []
         ),
-        Column("margin", [text(paired.figures[each][f"margin/{paired.main}"]) for each in labels]),
+        Column(
+            f"margin by\n{SCORES[paired.margin]}",
+            [text(paired.figures[each][f"margin/{paired.margin}"]) for each in labels],
+        ),
     ]
     if any(each.kl for each in policies):
         columns.append(Column("KL, nats", [text(each.kl) if each.kl else "" for each in policies]))
@@ -86,14 +99,15 @@ def _print_set(comparison: "Comparison", paired: "PairedSet", sort: str, console
 
 def _key(policy: "Policy", paired: "PairedSet", sort: str) -> tuple[float, str]:
     """Best first; the KL from the lowest on."""
-    figures, main = paired.figures[policy.label], paired.main
+    figures = paired.figures[policy.label]
     if sort == "kl":
         return (policy.kl.value if policy.kl else math.inf, policy.label)
     if sort == "gold":
         return (-next(iter(policy.gold.values())).value if policy.gold else math.inf, policy.label)
     if sort == "name":
         return (0.0, policy.label)
-    return (-figures[f"{sort}/{main}"].value, policy.label)
+    score = paired.margin if sort == "margin" else paired.main
+    return (-figures[f"{sort}/{score}"].value, policy.label)
 
 
 def _difference(paired: "PairedSet", label: str, measure: str, *, percent: bool = False) -> str:

@@ -1,7 +1,8 @@
 """`prefopt eval`."""
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
 EPILOG = "Example: prefopt eval runs/gpo-hh --data more.jsonl --name more"
 
 HELD_OUT = "heldout"
+
+TAKEN = {"compare": "compare", "retention": "retention", "samples": "sample", "sandbox": "sandbox score"}
+"""Folders that other commands write to, beside those of evaluations."""
+
+LONGEST_NAME = 100
 
 DataOption = Annotated[
     list[str] | None,
@@ -98,7 +104,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--name",
-            help=f"Of the evaluation, whose files go to eval/NAME; by default {HELD_OUT}, or the data's name.",
+            help=f"Of the evaluation, whose files go to eval/NAME; by default {HELD_OUT}, or the data's name, with "
+            "dimension, reference and the like.",
             show_default=False,
         ),
     ] = None,
@@ -127,7 +134,7 @@ def evaluate(
     prepare_libraries()
     from prefopt_cli.evaluation.evaluate import evaluate as evaluated
     from prefopt_cli.evaluation.held_out import chosen_sets, held_out_sets
-    from prefopt_cli.evaluation.overlap import trained_on
+    from prefopt_cli.evaluation.overlap import TrainingPrompts
     from prefopt_cli.evaluation.targets import find_target
     from prefopt_cli.runs.finding import RunFinder
     from prefopt_cli.runs.writable import require_writable
@@ -137,17 +144,17 @@ def evaluate(
         found = find_target(
             target, work.reporter, runs, reference=reference, beta=beta, overrides=overrides or ()
         )
-        folder = _folder(found, name, output, data or [])
+        asked = Asked(data or [], dimension or [], reference, beta, overrides or [])
+        folder = _folder(found, name, output, asked)
         require_writable(folder, key="--output" if output else "RUN_OR_MODEL: the folder")
         settings = chosen_sets(found.recipe.dataset, data or [], split=split, dimensions=dimension or [])
         sets = held_out_sets(found, settings, work.reporter)
-        known, reason = trained_on(found.run, runs, work.reporter)
+        trained = TrainingPrompts(runs, work.reporter).of(found.run)
         result = evaluated(
             found,
             sets,
             work.reporter,
-            trained_on=known,
-            notes=[f"Prompts that the training data has, too, are not counted: {reason}."] if reason else [],
+            trained=trained,
             stopping=work.stopping,
         )
     with last_work() as alone:
@@ -165,22 +172,47 @@ def evaluate(
     print_evaluation(result, folder, standard_output())
 
 
-def _folder(found: "Target", name: str | None, output: Path | None, data: list[str]) -> Path:
+class Asked(NamedTuple):
+    """What makes one evaluation of a policy another than the next."""
+
+    data: list[str]
+    dimension: list[str]
+    reference: str | None
+    beta: float | None
+    overrides: list[str]
+
+    @property
+    def name(self) -> str:
+        """A name for the folder, so that no evaluation takes the place of another."""
+        from prefopt_cli.evaluation.held_out import set_name
+
+        parts = ["-".join(map(set_name, self.data)) or HELD_OUT, *self.dimension]
+        parts += [f"from-{Path(self.reference).name}"] if self.reference else []
+        parts += [f"beta-{self.beta:g}"] if self.beta else []
+        if self.overrides:
+            import hashlib
+
+            parts.append(hashlib.sha256("\n".join(self.overrides).encode()).hexdigest()[:8])
+        name = re.sub(r"[^A-Za-z0-9_.-]+", "-", "-".join(parts)).strip("-.")[:LONGEST_NAME]
+        return f"{name}-data" if name in TAKEN else name
+
+
+def _folder(found: "Target", name: str | None, output: Path | None, asked: Asked) -> Path:
     """Where the files go.
 
     Raises:
-        UserError: the name is none of a folder.
+        UserError: the name is none of a folder, or is that of something else's.
     """
-    import re
-
     from prefopt_cli.errors import UserError
-    from prefopt_cli.evaluation.held_out import set_name
 
     if output is not None:
         return output.expanduser()
     if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise UserError(f"--name {name!r}: a name has letters, digits, '_', '-' and '.', and no slash.")
-    name = name or (set_name(data[0]) if data else HELD_OUT)
+    if name in TAKEN:
+        raise UserError(
+            f"--name {name}: eval/{name} is where `prefopt {TAKEN[name]}` writes; choose another."
+        )
     if found.run is not None:
-        return found.run.evaluation(name)
-    return Path("eval") / re.sub(r"[^A-Za-z0-9_.-]+", "-", found.name).strip(".-") / name
+        return found.run.evaluation(name or asked.name)
+    return Path("eval") / re.sub(r"[^A-Za-z0-9_.-]+", "-", found.name).strip(".-") / (name or asked.name)

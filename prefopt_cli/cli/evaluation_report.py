@@ -50,6 +50,8 @@ def print_evaluation(evaluation: "Evaluation", folder: Path, console: "Console")
     print_table(console, Column("", titles), columns)
     print_line(console)
     print_findings(evaluation.findings, list(evaluation.sets), console)
+    for note in dict.fromkeys(note for each in evaluation.sets.values() for note in each.notes):
+        print_line(console, note)
     print_line(console, "In brackets: 95 % intervals, prompts resampled.")
     print_line(console, f"Files: {folder} (report.html opens in a browser)")
 
@@ -94,7 +96,10 @@ def _table(evaluation: "Evaluation") -> tuple[list[str], list[Column]]:
         rows += _ranking(sets)
     titles = [title for title, _ in rows]
     columns = [
-        Column(f"{name}\n{each.pairs:,} pairs", [cells[number] for _, cells in rows])
+        Column(
+            f"{name}\n{each.pairs:,} pair{'' if each.pairs == 1 else 's'}",
+            [cells[number] for _, cells in rows],
+        )
         for number, (name, each) in enumerate(evaluation.sets.items())
     ]
     return titles, columns

@@ -1,5 +1,6 @@
 """`prefopt sample`."""
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,18 +15,15 @@ from prefopt_cli.cli.common import (
     standard_error,
     standard_output,
 )
-from prefopt_cli.errors import UserError
+from prefopt_cli.cli.sample_options import KEY_VARIABLE, OPENAI, REWARD_MODEL, JudgeOptions, require_loose
+from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.sandbox.names import LARGEST_SEED
 
 if TYPE_CHECKING:
-    from prefopt_cli.evaluation.judges.judging import Judge
-    from prefopt_cli.evaluation.judges.requests import Patience
+    from prefopt_cli.evaluation.side_by_side import Samples
+    from prefopt_cli.training.reporting import Reporter
 
 EPILOG = "Example: prefopt sample runs/gpo-hh --against reference --judge reward-model:PATH"
-
-REWARD_MODEL, OPENAI = "reward-model", "openai"
-
-KEY_VARIABLE = "OPENAI_API_KEY"
 
 
 def sample(
@@ -120,18 +118,31 @@ def sample(
         ),
     ] = None,
     judge_concurrency: Annotated[
-        int, typer.Option("--judge-concurrency", min=1, max=64, help="Requests at the same time.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            "--judge-concurrency", min=1, max=64, help="Requests at the same time.", show_default="4"
+        ),
+    ] = None,
     judge_rpm: Annotated[
         float | None,
         typer.Option("--judge-rpm", min=0.01, help="The most requests a minute.", show_default="no limit"),
     ] = None,
     judge_timeout: Annotated[
-        float, typer.Option("--judge-timeout", min=0.1, help="Seconds to wait for an answer.")
-    ] = 60.0,
+        float | None,
+        typer.Option(
+            "--judge-timeout", min=0.1, max=86400, help="Seconds to wait for an answer.", show_default="60"
+        ),
+    ] = None,
     judge_retries: Annotated[
-        int, typer.Option("--judge-retries", min=0, max=100, help="How often a question is asked again.")
-    ] = 5,
+        int | None,
+        typer.Option(
+            "--judge-retries",
+            min=0,
+            max=100,
+            help="How often a question is asked again.",
+            show_default="5",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -151,27 +162,44 @@ def sample(
     Both policies draw with the same random numbers. A judge sees every pair in both orders; a verdict that changes
     with the order counts as a tie.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError("prefopt sample runs in one process. Run it without torchrun or accelerate launch.")
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p:g}: a probability above 0, and at most 1.")
-    _require_meaning(judge, judge_url, judge_prompt)
+    options = JudgeOptions(
+        judge, judge_url, judge_prompt, judge_concurrency, judge_rpm, judge_timeout, judge_retries
+    )
+    options.require_meaning()
+    if split is not None and prompts is None:
+        raise UserError("--split is of a data set; name it with --prompts.")
     prepare_libraries()
     from prefopt_cli.cli.progress import reporter_for
-    from prefopt_cli.cli.sample_report import print_samples
-    from prefopt_cli.evaluation.asking import find_prompts, held_out_prompts
+    from prefopt_cli.evaluation.asking import find_prompts, held_out_prompts, require_text
     from prefopt_cli.evaluation.generation import Drawing, SamplingStopped, find_writers
     from prefopt_cli.evaluation.judges.judging import JudgingStopped
-    from prefopt_cli.evaluation.judges.requests import Patience
     from prefopt_cli.evaluation.side_by_side import require_judgeable, side_by_side
     from prefopt_cli.runs.finding import RunFinder
     from prefopt_cli.runs.writable import require_writable
     from prefopt_cli.training.callbacks import stopping_gently
 
+    for key, text in (("RUN", run), ("--against", against), ("--judge", judge), ("--judge-url", judge_url)):
+        require_text(key, text or "")
     drawing = Drawing(per_prompt, temperature, top_p, seed, batch_size)
+    drawing.require_finite()
     drawing.require_different_replies()
-    patience = Patience(
-        judge_retries, timeout=judge_timeout, per_minute=judge_rpm, concurrency=judge_concurrency
-    )
     reporter = reporter_for(standard_error(), receipts=False)
+    folder: Path | None = None
+    unjudged: list[tuple[Samples, Path | None]] = []
+
+    def keep(found: "Samples") -> None:
+        try:
+            if folder is not None:
+                found.write(folder)
+            unjudged.append((found, folder))
+        except PrefoptError as error:
+            reporter.message(str(error))
+            unjudged.append((found, None))
+
     try:
         writers = find_writers(run, against, reporter, RunFinder(runs_dir))
         folder = output.expanduser() if output else None
@@ -179,15 +207,17 @@ def sample(
             folder = writers[0].run.evaluation("samples")
         if folder is not None:
             require_writable(folder, key="--output" if output else "RUN: the folder")
-        judging = _judge(judge, judge_url, judge_prompt, patience)
+        judging = options.open()
         require_judgeable(judging, writers)
         if prompts is None:
-            recipe = writers[0].recipe
-            asked = held_out_prompts(recipe, f"RUN: {run}", reporter)
+            asked = held_out_prompts(writers[0].recipe, f"RUN: {run}", reporter)
         else:
             asked = find_prompts(prompts, split, reporter)
+        require_loose(chat, prompts, asked.are_loose)
         if asked.are_loose and (writers[0].knows_chats if chat is None else chat):
             asked = asked.as_chats()
+        if judging is not None:
+            judging.check()
         with stopping_gently() as stop:
             found = side_by_side(
                 writers,
@@ -198,64 +228,62 @@ def sample(
                 judge=judging,
                 reporter=reporter,
                 stopping=stop.asked,
+                keep=keep,
             )
     except SamplingStopped:
         reporter.message("Stopped while replies were drawn; nothing was written.")
         raise typer.Exit(SIGNAL_EXIT_BASE + (stop.received or 0)) from None
     except JudgingStopped:
+        _leave(unjudged, json, reporter)
         reporter.message(
             "Stopped. Verdicts of a server are in the cache, and the same command goes on from there."
         )
         raise typer.Exit(SIGNAL_EXIT_BASE + (stop.received or 0)) from None
+    except (PrefoptError, KeyboardInterrupt):
+        _leave(unjudged, json, reporter)
+        raise
     finally:
         reporter.close()
+    _tell(found, folder, json)
+
+
+def _leave(unjudged: "list[tuple[Samples, Path | None]]", json: bool, reporter: "Reporter") -> None:
+    """Where judging has come to nothing: show the replies, unless they are in files."""
+    for found, folder in unjudged:
+        if folder is None:
+            _print(found, None, json)
+        else:
+            reporter.message(f"The replies are in {folder}, without verdicts.")
+
+
+def _tell(found: "Samples", folder: Path | None, json: bool) -> None:
+    """Write the files and print the results.
+
+    Raises:
+        PrefoptError: the files cannot be written, or the judge has given no verdict; all else is printed by then.
+    """
+    problem: PrefoptError | None = None
     if folder is not None:
-        found.write(folder)
+        try:
+            found.write(folder)
+        except PrefoptError as error:
+            problem = error
+    _print(found, None if problem else folder, json)
+    if problem is not None:
+        raise problem
+    if found.tally is not None and found.tally.failed:
+        raise PrefoptError(
+            f"The judge gave no verdict on any of {found.tally.no_verdict} pairs: {found.first_reason}. The same "
+            "command asks it again."
+        )
+
+
+def _print(found: "Samples", folder: Path | None, json: bool) -> None:
     if json:
         from json import dumps
 
         typer.echo(dumps(found.to_dict()))
         return
+    from prefopt_cli.cli.sample_report import print_samples
+
     print_samples(found, standard_output(), folder)
-
-
-def _require_meaning(judge: str | None, url: str | None, prompt: Path | None) -> None:
-    """Refuse, before anything is loaded, a judge of no known kind, and options that it has no use for.
-
-    Raises:
-        UserError: see above.
-    """
-    kind, _, name = (judge or "").partition(":")
-    if judge is not None and (kind not in (REWARD_MODEL, OPENAI) or not name):
-        raise UserError(
-            f"--judge {judge}: write {REWARD_MODEL}:PATH_OR_ID for a reward model, or {OPENAI}:MODEL for a model "
-            "behind a server."
-        )
-    if kind == OPENAI and not url:
-        raise UserError(
-            f"--judge {judge}: name its server with --judge-url, such as http://localhost:8000/v1."
-        )
-    for option, value in (("--judge-url", url), ("--judge-prompt", prompt)):
-        if kind != OPENAI and value is not None:
-            raise UserError(f"{option} is for --judge {OPENAI}:MODEL; leave it out, or name that judge.")
-
-
-def _judge(judge: str | None, url: str | None, prompt: Path | None, patience: "Patience") -> "Judge | None":
-    """The judge, with nothing heavy loaded and nothing asked.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    import os
-
-    if judge is None:
-        return None
-    kind, _, name = judge.partition(":")
-    if kind == REWARD_MODEL:
-        from prefopt_cli.evaluation.judges.reward_model import RewardModelJudge
-
-        return RewardModelJudge(name)
-    from prefopt_cli.evaluation.judges.openai import OpenAIJudge, read_rubric
-
-    key = os.environ.get(KEY_VARIABLE)
-    return OpenAIJudge(name, url or "", key=key, rubric=read_rubric(prompt), patience=patience)

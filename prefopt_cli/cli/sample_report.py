@@ -1,10 +1,11 @@
 """How replies and verdicts look on a terminal."""
 
-import re
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefopt_cli.cli.tables import Column, print_hanging, print_line, print_table
+from prefopt_cli.evaluation.judges.printable import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -18,9 +19,6 @@ PROMPT, VERDICT = "prompt", "verdict"
 
 LONGEST_LABEL = 24
 """Characters before a reply; a longer name is shortened."""
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""What a policy may write and a terminal would obey."""
 
 
 def print_samples(found: "Samples", console: "Console", folder: Path | None) -> None:
@@ -83,7 +81,7 @@ def _print_reply(written: "Written", place: int, number: int, begins: str, conso
 def _print_text(begins: str, text: str, console: "Console") -> None:
     """Line by line, all in the column where the first begins."""
     for line in text.splitlines() or [""]:
-        print_hanging(console, begins, CONTROL.sub("\N{REPLACEMENT CHARACTER}", line))
+        print_hanging(console, begins, printable(line))
         begins = " " * len(begins)
 
 
@@ -95,7 +93,7 @@ def _print_ruling(ruling: "Ruling", names: list[str], begins: str, console: "Con
         Outcome.WON: f"{own} is better",
         Outcome.LOST: f"{other} is better",
         Outcome.TIED: "tie",
-        Outcome.NO_VERDICT: "none: the judge's answers were not clear",
+        Outcome.NO_VERDICT: f"none: {ruling.reason or 'no reason was given'}",
     }[ruling.outcome]
     if not ruling.asked:
         said = "tie: the replies are the same"
@@ -123,25 +121,39 @@ def _print_figures(found: "Samples", names: list[str], console: "Console") -> No
         console,
         f"{found.asked.describe()} At most {found.asked.max_new_tokens} new tokens, {how}{top_p}{seed}.",
     )
-    if truncated := (found.judge or {}).get("truncated"):
+    judge = found.judge or {}
+    if truncated := judge.get("truncated"):
         print_line(
             console,
             f"Replies that were too long for the judge with their prompts, which lost their beginning: {truncated} "
-            f"(it takes {found.judge['max_length'] if found.judge else 0} tokens).",
+            f"(it takes {judge['max_length']} tokens).",
+        )
+    if truncated := judge.get("truncated_replies"):
+        print_line(
+            console,
+            f"Replies that were too long for the judge by themselves: {truncated}. It saw nothing of their prompts, "
+            f"and only the end of each (it takes {judge['max_length']} tokens).",
         )
 
 
 def _print_tally(tally: "Tally", names: list[str], judge: dict[str, Any], console: "Console") -> None:
     own, other = names
     print_line(console)
-    if tally.win_rate is None:
-        print_line(console, f"No win rate: the judge gave no verdict on any of {tally.pairs} pairs.")
-    else:
+    if tally.identical == tally.pairs:
+        print_line(
+            console, f"Nothing was judged: all {tally.pairs} pairs are of identical replies, which tie."
+        )
+    elif tally.win_rate is None:
         print_line(
             console,
-            f"Win rate of {own} against {other}: {_estimate(tally.win_rate, 100, 1)} % "
-            f"({tally.won} won, {tally.lost} lost, {tally.tied} tied). Ties count one half; in brackets the 95 % "
-            "interval, prompts resampled.",
+            f"No win rate: the judge gave no verdict on any of {tally.no_verdict} pairs it was asked about.",
+        )
+    else:
+        how = "" if math.isnan(tally.win_rate.low) else "; in brackets the 95 % interval, prompts resampled"
+        print_line(
+            console,
+            f"Win rate of {own} against {other}: {_estimate(tally.win_rate, 100, 1, ' %')} "
+            f"({tally.won} won, {tally.lost} lost, {tally.tied} tied). Ties count one half{how}.",
         )
     print_line(console, f"Judge: {judge.get('judge', 'unknown')}. {_pairs(tally)}")
     if "requests" not in judge:
@@ -168,6 +180,8 @@ def _pairs(tally: "Tally") -> str:
     return f"{'; '.join(words)}."
 
 
-def _estimate(estimate: "Estimate", scale: float = 1, digits: int = 3) -> str:
+def _estimate(estimate: "Estimate", scale: float = 1, digits: int = 3, unit: str = "") -> str:
     value, low, high = (round(scale * part, digits) + 0.0 for part in estimate)
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    if math.isnan(low):
+        return f"{value:.{digits}f}{unit} (one prompt: no interval)"
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]{unit}"

@@ -102,7 +102,16 @@ def find_prompts(wanted: str, split: str | None, reporter: Reporter) -> Prompts:
     """
     if not wanted.strip():
         raise UserError("--prompts: the prompt is empty.")
+    require_text("--prompts", wanted)
     path = _existing(wanted)
+    is_data = has_scheme(wanted) or HUB_ID.fullmatch(wanted) or (path and path.suffix != LINES)
+    if split is not None and not is_data:
+        raise UserError("--split is of a data set; with a prompt or a .txt file leave it out.")
+    if path and path.is_file() and not _is_readable(path):
+        kinds = ", ".join((LINES, *sorted(sources.LOADERS)))
+        raise UserError(
+            f"--prompts: {path}: files of this kind cannot be read; known are {kinds} (and .gz of data files)."
+        )
     if path and path.suffix == LINES:
         return Prompts(str(path), _once(_lines(path)), are_loose=True)
     if has_scheme(wanted) or path or HUB_ID.fullmatch(wanted):
@@ -112,6 +121,21 @@ def find_prompts(wanted: str, split: str | None, reporter: Reporter) -> Prompts:
     if looks_like_path(wanted):
         raise UserError(f"--prompts: there is no file {wanted} in {Path.cwd()}.")
     return Prompts("the command line", (wanted,), are_loose=True)
+
+
+def require_text(key: str, text: str) -> None:
+    """Refuse what the shell could not read as UTF-8; Python stands in for such bytes with half characters.
+
+    Raises:
+        UserError: see above.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{key}: this is not UTF-8 text from character {error.start + 1} on. Check the encoding of your terminal, "
+            "or write it into a file in UTF-8."
+        ) from error
 
 
 def looks_like_path(text: str) -> bool:
@@ -130,6 +154,10 @@ def _existing(text: str) -> Path | None:
         return path if path.exists() else None
     except (OSError, ValueError, RuntimeError):  # too long for a name, a zero byte, no such user's home
         return None
+
+
+def _is_readable(path: Path) -> bool:
+    return path.suffix == LINES or Path(path.name.removesuffix(".gz")).suffix in sources.LOADERS
 
 
 def held_out_prompts(recipe: Recipe, key: str, reporter: Reporter) -> Prompts:
@@ -229,7 +257,8 @@ def _of_source(source: Source, reporter: Reporter) -> Iterable[Text]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # Other signs that end a line for Python, such as U+2028, may stand within a prompt.
+        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts: {path} cannot be read: {error}") from error
     filled = [line for line in lines if line.strip()]

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.evaluation.divergence import KLSettings, kl_to_reference, settings_for
+from prefopt_cli.evaluation.divergence import Divergence, KLSettings, kl_to_reference, settings_for
 from prefopt_cli.evaluation.evaluate import scores_of
 from prefopt_cli.evaluation.gold import gold_rewards
 from prefopt_cli.evaluation.held_out import HeldOutSet, held_out_sets, room
 from prefopt_cli.evaluation.labels import labels
+from prefopt_cli.evaluation.overlap import Trained, TrainingPrompts
 from prefopt_cli.evaluation.paired import PairedSet, adjusted, paired_set
 from prefopt_cli.evaluation.scored import ScoredSet, scored_set
 from prefopt_cli.evaluation.statistics import Estimate
@@ -31,10 +32,17 @@ class Policy:
 
     target: Target
     label: str
-    kl: Estimate | None
-    """KL to its reference, in nats; None where it has none, or none was asked for."""
+    divergence: Divergence | None
+    """KL to its reference; None where it has none, or none was asked for."""
     gold: dict[str, Estimate] | None
     """Mean gold rewards by dimension, where `prefopt sandbox score` found them out."""
+    trained: Trained
+    """Prompts that it was trained on."""
+
+    @property
+    def kl(self) -> Estimate | None:
+        """In nats."""
+        return self.divergence.kl if self.divergence else None
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,7 @@ def compare(
     targets: Sequence[Target],
     settings: DatasetSettings,
     reporter: Reporter,
+    runs: RunFinder,
     *,
     skipped: Sequence[Skipped] = (),
     kl_prompts: int = 0,
@@ -126,6 +135,7 @@ def compare(
         targets: the policies, the baseline first.
         settings: the held-out sets.
         reporter: told of progress.
+        runs: finds runs that were moved.
         skipped: names that were left out, to be told.
         kl_prompts: held-out prompts to sample for the KL to the reference; 0 leaves it out.
         stopping: whether a signal has asked to stop.
@@ -139,6 +149,7 @@ def compare(
     kl = settings_for(targets, kl_prompts, seed)
     scores = _Scores(reporter, stopping)
     reader = _Reader(settings, reporter)
+    training = TrainingPrompts(runs, reporter)
     scored: dict[str, dict[str, ScoredSet]] = {}
     policies = []
     for number, target in enumerate(targets, 1):
@@ -146,7 +157,8 @@ def compare(
         sets = reader.sets_of(target)
         scored[target.name] = scores.of(target, sets)
         divergence = kl_to_reference(target, list(sets.values()), kl, reporter, stopping) if kl else None
-        policies.append(Policy(target, names[target.name], divergence, gold_rewards(target.run)))
+        trained = training.of(target.run)
+        policies.append(Policy(target, names[target.name], divergence, gold_rewards(target.run), trained))
     compared = {}
     for done, name in enumerate(scored[targets[0].name]):
         reporter.progress("comparing", done, len(scored[targets[0].name]))

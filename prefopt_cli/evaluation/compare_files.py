@@ -11,6 +11,7 @@ from prefopt_cli.errors import PrefoptError
 from prefopt_cli.evaluation.compare import Comparison, Policy
 from prefopt_cli.evaluation.compare_findings import comparison_findings
 from prefopt_cli.evaluation.evaluate import made_by
+from prefopt_cli.evaluation.figures import overlap_of
 from prefopt_cli.evaluation.kl_picture import Point, kl_picture, write_picture
 from prefopt_cli.evaluation.pages.compare_page import compare_page
 from prefopt_cli.evaluation.paired import SHOWN, Decode, PairedSet
@@ -28,7 +29,7 @@ def summary_of(comparison: Comparison) -> dict[str, Any]:
     return {
         "baseline": comparison.baseline.target.name,
         "level": LEVEL,
-        "kl": comparison.kl.to_dict() if comparison.kl else None,
+        "kl": _kl(comparison),
         "policies": [_policy(comparison, each) for each in comparison.policies],
         "skipped": [{"name": each.name, "reason": each.reason} for each in comparison.skipped],
         "sets": {name: _set(each) for name, each in comparison.sets.items()},
@@ -74,10 +75,21 @@ def write(comparison: Comparison, folder: Path, plot: Path | None = None) -> Non
         atomic.write_text(folder / TABLE, _table(comparison))
         atomic.write_json(folder / SUMMARY, summary)
         atomic.write_text(folder / REPORT, page)
-        if drawn := _picture(comparison):
+        drawn = _picture(comparison)
+        if drawn:
             write_picture(drawn, plot or folder / PICTURE)
+        else:  # one of an earlier comparison says nothing of this one
+            (folder / PICTURE).unlink(missing_ok=True)
     except OSError as error:
         raise PrefoptError(f"The comparison cannot be written to {folder}: {error.strerror}.") from error
+
+
+def _kl(comparison: Comparison) -> dict[str, int] | None:
+    """How the KL was sampled: at most so many prompts as there are."""
+    sampled = [each.divergence.prompts for each in comparison.policies if each.divergence]
+    if comparison.kl is None or not sampled:
+        return None
+    return {"prompts": max(sampled), "max_new_tokens": comparison.kl.max_new_tokens}
 
 
 def _policy(comparison: Comparison, policy: Policy) -> dict[str, Any]:
@@ -90,9 +102,17 @@ def _policy(comparison: Comparison, policy: Policy) -> dict[str, Any]:
         "reference": target.reference.describe() if target.reference else None,
         "reward": target.reward.to_dict() if target.reward else None,
         "kl": policy.kl.to_dict() if policy.kl else None,
+        "kl_prompts": policy.divergence.prompts if policy.divergence else None,
         "gold": {name: each.to_dict() for name, each in policy.gold.items()} if policy.gold else None,
         "skipped": None,
-        "sets": {name: _under(each, policy.label) for name, each in comparison.sets.items()},
+        "sets": {
+            name: {
+                **_under(each, policy.label),
+                "train_overlap": overlap_of(each.scored[policy.label], policy.trained.keys),
+            }
+            for name, each in comparison.sets.items()
+        },
+        "notes": list(policy.trained.notes),
     }
 
 
@@ -123,7 +143,7 @@ def _under(paired: PairedSet, label: str) -> dict[str, Any]:
 def _set(paired: PairedSet) -> dict[str, Any]:
     return {
         "pairs": len(paired.first.chosen),
-        "prompts": len(set(paired.first.prompts.tolist())),
+        "prompts": paired.prompts,
         "left_out": paired.left_out,
         "dropped": paired.first.held_out.dropped,
         "main": paired.main,

@@ -3,7 +3,17 @@
 from collections.abc import Iterator
 
 from prefopt_cli.evaluation.compare import Comparison
-from prefopt_cli.evaluation.findings import Finding, dropped_rows, in_order, percent, points
+from prefopt_cli.evaluation.figures import overlap_of
+from prefopt_cli.evaluation.findings import (
+    TOO_FEW,
+    Finding,
+    dropped_rows,
+    few_prompts,
+    in_order,
+    percent,
+    points,
+    train_overlap,
+)
 from prefopt_cli.evaluation.paired import PairedSet
 from prefopt_cli.evaluation.statistics.bootstrap import Estimate
 
@@ -13,13 +23,17 @@ SIGNIFICANT = 0.05
 
 def comparison_findings(comparison: Comparison) -> list[Finding]:
     """What is worth saying, policy by policy, what matters most first."""
-    found = [finding for name, each in comparison.sets.items() for finding in _of_set(comparison, name, each)]
+    found = [*_of_all(comparison)]
+    for name, each in comparison.sets.items():
+        found += _of_set(comparison, name, each)
     return in_order(found)
 
 
-def _of_set(comparison: Comparison, name: str, paired: PairedSet) -> Iterator[Finding]:
-    first = comparison.baseline.label
-    references = {each.target.reference for each in comparison.policies if each.target.reference}
+def _of_all(comparison: Comparison) -> Iterator[Finding]:
+    """Whether the policies are measured by the same thing; told once, with the first set."""
+    name = next(iter(comparison.sets))
+    targets = [each.target for each in comparison.policies]
+    references = {each.reference for each in targets if each.reference}
     if len(references) > 1:
         yield Finding(
             "different_references",
@@ -30,17 +44,40 @@ def _of_set(comparison: Comparison, name: str, paired: PairedSet) -> Iterator[Fi
             float(len(references)),
             1.0,
         )
+    rewards = {each.reward for each in targets}
     without = [each.label for each in comparison.policies if each.target.reward is None]
-    if 0 < len(without) < len(comparison.policies):
+    if 0 < len(without) < len(targets):
         yield Finding(
             "without_reward",
             name,
             "note",
-            f"{', '.join(without)} has no implicit reward, as it has no reference, so all are compared by "
-            "log-probability. --reference RUN_OR_MODEL gives all of them one.",
+            f"Without an implicit reward, as there is no reference: {', '.join(without)}. So all are compared by "
+            "log-probability. --reference RUN_OR_MODEL gives all of them a reward.",
             float(len(without)),
             0.0,
         )
+    elif len(rewards) > 1:
+        said = "; ".join(
+            sorted({f"{each.formula}, {each.scale_name} = {each.scale:g}" for each in rewards if each})
+        )
+        yield Finding(
+            "different_rewards",
+            name,
+            "note",
+            f"The policies' rewards are not of one scale ({said}), so margins are compared by log-probability, in "
+            "nats.",
+            float(len(rewards)),
+            1.0,
+        )
+
+
+def _of_set(comparison: Comparison, name: str, paired: PairedSet) -> Iterator[Finding]:
+    first = comparison.baseline.label
+    for policy in comparison.policies:
+        overlap = overlap_of(paired.scored[policy.label], policy.trained.keys)
+        pairs = len(paired.first.chosen)
+        yield from train_overlap(name, overlap, paired.prompts, pairs, f"{policy.label}: ")
+    yield from few_prompts(name, paired.prompts)
     yield from dropped_rows(name, paired.first)
     if paired.left_out:
         yield Finding(
@@ -51,6 +88,8 @@ def _of_set(comparison: Comparison, name: str, paired: PairedSet) -> Iterator[Fi
             float(paired.left_out),
             0.0,
         )
+    if paired.prompts < TOO_FEW:
+        return
     undecided = []
     for label, measures in paired.differences.items():
         difference = measures["accuracy/main"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from accelerate import PartialState
@@ -35,9 +36,14 @@ class KLSettings:
     max_new_tokens: int
     seed: int
 
-    def to_dict(self) -> dict[str, int]:
-        """For JSON."""
-        return {"prompts": self.prompts, "max_new_tokens": self.max_new_tokens}
+
+class Divergence(NamedTuple):
+    """A KL, and what it is an average over."""
+
+    kl: Estimate
+    """In nats."""
+    prompts: int
+    """Each with one sample."""
 
 
 def settings_for(targets: Sequence[Target], prompts: int, seed: int) -> KLSettings | None:
@@ -54,7 +60,7 @@ def kl_to_reference(
     settings: KLSettings,
     reporter: Reporter,
     stopping: Callable[[], bool] = lambda: False,
-) -> Estimate | None:
+) -> Divergence | None:
     """KL(policy || reference) over whole responses, in nats: the mean of log pi(y) - log pi_ref(y), y from the policy.
 
     The estimate is unbiased for responses cut off at `max_new_tokens`. Prompts that leave no room for so many in the
@@ -104,7 +110,13 @@ def kl_to_reference(
                 autocast=precision(args),
             )
         reporter.progress("sampling for the KL", len(own_share), len(own_share))
-    together = {start: made for part in gather_object([written]) for start, made in part.items()}
+    try:
+        parts = gather_object([written])
+    except RuntimeError as error:
+        if stopping():  # another process has left first, while this one waited for it
+            raise ScoringStopped from error
+        raise
+    together = {start: made for part in parts for start, made in part.items()}
     samples = [sample for start in starts for sample in together[start]]
     rows = {"samples": _as_rows(prompts, samples)}
     own, its = (
@@ -120,7 +132,7 @@ def kl_to_reference(
         ).logps["samples"]
         for source in (target.source, target.reference)
     )
-    return mean_with_interval((np.array(own) - np.array(its)).ravel())
+    return Divergence(mean_with_interval((np.array(own) - np.array(its)).ravel()), len(prompts))
 
 
 def _context(target: Target) -> int | None:

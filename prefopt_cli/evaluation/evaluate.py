@@ -10,11 +10,13 @@ from datasets import Dataset
 
 from prefopt_cli.errors import PrefoptError
 from prefopt_cli.evaluation.figures import SetFigures, figures_of
-from prefopt_cli.evaluation.findings import Finding, findings_of
+from prefopt_cli.evaluation.findings import Finding
 from prefopt_cli.evaluation.held_out import HeldOutSet
+from prefopt_cli.evaluation.overlap import Trained
 from prefopt_cli.evaluation.pages.plots import PlotData
 from prefopt_cli.evaluation.pages.report import report_page
 from prefopt_cli.evaluation.scored import ScoredSet, scored_set
+from prefopt_cli.evaluation.set_findings import findings_of
 from prefopt_cli.evaluation.statistics import LEVEL
 from prefopt_cli.evaluation.targets import Target, require_same_tokens
 from prefopt_cli.models import loading
@@ -101,8 +103,7 @@ def evaluate(
     sets: Mapping[str, HeldOutSet],
     reporter: Reporter,
     *,
-    trained_on: frozenset[bytes] | None,
-    notes: Sequence[str] = (),
+    trained: Trained,
     stopping: Callable[[], bool] = lambda: False,
     seed: int = 0,
 ) -> Evaluation:
@@ -112,8 +113,7 @@ def evaluate(
         target: the policy.
         sets: in the tokens of its tokenizer.
         reporter: told of progress.
-        trained_on: digests of the prompts of its training data; None: not known.
-        notes: what the reader of every set has to know.
+        trained: the prompts that it was trained on.
         stopping: whether a signal has asked to stop.
         seed: of the resampling.
 
@@ -132,7 +132,7 @@ def evaluate(
     for done, (name, held_out) in enumerate(sets.items()):
         reporter.progress("working out the figures", done, len(sets))
         scored = scored_set(held_out, own.logps[name], its.logps[name] if its else None, target.reward)
-        found[name] = figures_of(scored, trained_on, tuple(notes), seed=seed)
+        found[name] = figures_of(scored, trained.keys, trained.notes, seed=seed)
     reporter.progress("working out the figures", len(sets), len(sets))
     return Evaluation(
         target,

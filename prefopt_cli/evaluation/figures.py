@@ -154,7 +154,7 @@ def figures_of(
         ),
         buckets=_buckets(scored, by_length, seed),
         ranking=_ranking(scored, seed),
-        overlap=_overlap(scored, trained_on),
+        overlap=overlap_of(scored, trained_on),
         notes=notes,
     )
 
@@ -267,7 +267,8 @@ def _ranking(scored: ScoredSet, seed: int) -> Ranking | None:
     )
 
 
-def _overlap(scored: ScoredSet, trained_on: Collection[bytes] | None) -> dict[str, int] | None:
+def overlap_of(scored: ScoredSet, trained_on: Collection[bytes] | None) -> dict[str, int] | None:
+    """Prompts of a set, and their pairs, that are among these; None where these are not known."""
     if trained_on is None:
         return None
     known = np.array([key in trained_on for key in scored.held_out.prompt_keys()])

@@ -1,5 +1,6 @@
 """Replies that policies write to the same prompts, with the same random numbers."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,11 @@ class Drawing:
     seed: int = 0
     batch_size: int = 16
     """Replies that are written together; up to rounding it has no say in them."""
+
+    def require_finite(self) -> None:
+        """Raise UserError where the temperature is no number."""
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"--temperature {self.temperature:g}: a number from 0 on, such as 0.7.")
 
     def require_different_replies(self) -> None:
         """Raise UserError where several replies to a prompt could only be the same."""

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -82,9 +83,15 @@ def chosen_sets(
             )
         return _of_recipe(settings, dimensions)
     found: dict[str, list[Source]] = {}
+    explicit = {set_name(each) for each in listed if _taken_apart(each)[1] != each}
     for each in listed:
         name, source = _named(each, split)
         for part, narrowed in _by_dimension(name, source, dimensions):
+            part = f"{name}-{part}" if dimensions and len(listed) > 1 else part
+            if part in found and part not in explicit:
+                raise UserError(
+                    f"--data {each}: another set is called {part}, too. Name them: --data NAME=SOURCE."
+                )
             found.setdefault(part, []).append(narrowed)
     return _with_sets(settings, found)
 
@@ -98,11 +105,17 @@ def read_sets(
         UserError: they cannot be read, or do not fit the model.
     """
     if settings.holdout is None:  # the training data need not be there any more
-        settings = settings.model_copy(update={"train": next(iter(settings.eval.values()))})
-    text = data.load(settings, progress=reporter.progress)
-    tokens = data.tokenize(
-        text, tokenizer, settings, progress=reporter.progress, lists=lists, report=reporter.message
-    )
+        first = next(iter(settings.eval))
+        settings = settings.model_copy(update={"train": settings.eval[first]})
+    try:
+        text = data.load(settings, progress=reporter.progress)
+        tokens = data.tokenize(
+            text, tokenizer, settings, progress=reporter.progress, lists=lists, report=reporter.message
+        )
+    except UserError as error:
+        if settings.holdout is not None:
+            raise
+        raise UserError(str(error).replace("the set train ", f"the set {first} ")) from error
     require_fit(config, tokens)
     if scores_depend_on_batch(config, max(map(longest_row, tokens.eval.values()))):
         raise UserError(
@@ -123,7 +136,10 @@ def held_out_sets(target: Target, settings: DatasetSettings, reporter: Reporter)
     if target.run is None and "max_length" not in settings.model_fields_set:
         settings = settings.model_copy(update={"max_length": room(config, settings.max_length)})
     tokenizer = loading.load_tokenizer(target.source, target.recipe.model)
-    text, tokens = read_sets(settings, tokenizer, config, reporter)
+    try:
+        text, tokens = read_sets(settings, tokenizer, config, reporter)
+    except UserError as error:
+        raise UserError(f"{error}{_hint(target, settings)}") from error
     return {
         name: HeldOutSet(
             name,
@@ -135,6 +151,19 @@ def held_out_sets(target: Target, settings: DatasetSettings, reporter: Reporter)
         )
         for name, rows in tokens.eval.items()
     }
+
+
+def _hint(target: Target, settings: DatasetSettings) -> str:
+    """A sentence where a run's recipe names files that are not there."""
+    if target.run is None or settings.eval != target.recipe.dataset.eval:
+        return ""
+    named = [Path(each.source) for listed in settings.eval.values() for each in listed]
+    if all(has_scheme(str(path)) or path.is_absolute() or path.exists() for path in named):
+        return ""
+    return (
+        f"\nIt is named by {target.run.recipe}, from the folder in which the training was started: run the command "
+        "there, or name the preferences with --data."
+    )
 
 
 def prompt_numbers(rows: Dataset) -> np.ndarray:

@@ -13,10 +13,9 @@ from prefopt_cli.evaluation.scored import LOGP, REWARD, ScoredSet
 from prefopt_cli.evaluation.statistics.bootstrap import Estimate, estimates, mean
 from prefopt_cli.evaluation.statistics.calibration import Calibration, calibration
 from prefopt_cli.evaluation.statistics.significance import holm, paired_p_value
-from prefopt_cli.evaluation.targets import Reward
 
-MEASURES = ("accuracy/main", "accuracy/logp", "margin/main")
-"""What is compared, pair by pair; the margin only where both rewards are of one kind."""
+MEASURES = ("accuracy/main", "accuracy/logp", "margin/main", "margin/logp")
+"""What is compared, pair by pair; the margin of the main score only where it is the same thing for all."""
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -59,6 +58,8 @@ class PairedSet:
     name: str
     main: str
     """The score that all are compared by: the implicit reward where every policy has one, else the log-probability."""
+    margin: str
+    """The score whose margins are the same thing for all: the main one where all rewards are alike."""
     scored: dict[str, ScoredSet]
     """By label, the first one's first: all of the same pairs."""
     figures: dict[str, dict[str, Estimate]]
@@ -71,6 +72,11 @@ class PairedSet:
     """By label; not of the first one. The largest change first."""
     left_out: int
     """Rows that not every policy could be asked about."""
+
+    @property
+    def prompts(self) -> int:
+        """How many there are."""
+        return len(set(self.first.prompts.tolist()))
 
     @property
     def first(self) -> ScoredSet:
@@ -119,7 +125,8 @@ def paired_set(name: str, scored: Mapping[str, ScoredSet], *, seed: int = 0) -> 
         for figure, quantity in pair_quantities(each).items()
     }
     main = REWARD if all(each.reward for each in aligned.values()) else LOGP
-    apart = {label: _apart(first[1], each, main) for label, each in others}
+    same = main == LOGP or len({each.reward for each in aligned.values()}) == 1
+    apart = {label: _apart(first[1], each, main, same=same) for label, each in others}
     quantities |= {
         f"{label}|difference {measure}": mean(values)
         for label, measures in apart.items()
@@ -130,6 +137,7 @@ def paired_set(name: str, scored: Mapping[str, ScoredSet], *, seed: int = 0) -> 
     return PairedSet(
         name=name,
         main=main,
+        margin=main if same else LOGP,
         scored=aligned,
         figures={
             label: {figure: found[f"{label}|{figure}"] for figure in pair_quantities(each)}
@@ -208,19 +216,18 @@ def _full_rows(scored: ScoredSet) -> dict[str, int]:
     return {row: place for place, (row, ranks) in enumerate(found) if ranks == tuple(texts[row].ranks)}
 
 
-def _apart(first: ScoredSet, other: ScoredSet, main: str) -> dict[str, np.ndarray]:
+def _apart(first: ScoredSet, other: ScoredSet, main: str, *, same: bool) -> dict[str, np.ndarray]:
     """By measure, (P,) the other policy minus the first."""
     own = [each.margins(each.scores[main]) for each in (other, first)]
     logp = [each.margins(each.scores[LOGP]) for each in (other, first)]
-    found = {"accuracy/main": won(own[0]) - won(own[1]), "accuracy/logp": won(logp[0]) - won(logp[1])}
-    if main == LOGP or _of_one_kind(first.reward, other.reward):
+    found = {
+        "accuracy/main": won(own[0]) - won(own[1]),
+        "accuracy/logp": won(logp[0]) - won(logp[1]),
+        "margin/logp": logp[0] - logp[1],
+    }
+    if same:
         found["margin/main"] = own[0] - own[1]
     return found
-
-
-def _of_one_kind(*rewards: Reward | None) -> bool:
-    """Whether the margins of the rewards are of the same thing, up to a scale."""
-    return len({(each.relative, each.per_token) for each in rewards if each}) == 1
 
 
 def _changes(first: ScoredSet, other: ScoredSet, main: str) -> tuple[Change, ...]:

@@ -12,7 +12,7 @@ from prefopt_cli.data.tokens import Lists
 from prefopt_cli.errors import UserError
 from prefopt_cli.evaluation.held_out import prompt_numbers, read_sets
 from prefopt_cli.evaluation.retention_table import BASE, HeldOut, Retention, Stage, table
-from prefopt_cli.evaluation.targets import require_unsettled, scoring_fields
+from prefopt_cli.evaluation.targets import require_effect, scoring_fields
 from prefopt_cli.models import loading
 from prefopt_cli.models.ancestry import line_of, run_dimension, start_of
 from prefopt_cli.models.ancestry_checks import require_unchanged
@@ -52,7 +52,7 @@ def retention(
         ScoringStopped: a signal came; what was scored until then is in the cache.
     """
     overrides = tuple(overrides)
-    require_unsettled(overrides)
+    require_effect(overrides)
     recipe = load_recipe(run.recipe, overrides)
     _require_sets(recipe, run)
     chain, policies, revision = _policies(run, runs or RunFinder(), reporter)

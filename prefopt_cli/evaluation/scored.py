@@ -51,6 +51,11 @@ class ScoredSet:
         """The score that matters most: the implicit reward where there is one."""
         return REWARD if self.reward else LOGP
 
+    @property
+    def sums_tokens(self) -> bool:
+        """Whether the main score is a sum over tokens of log-probabilities, which every further token lowers."""
+        return self.reward is None or not (self.reward.relative or self.reward.per_token)
+
     @cached_property
     def row_starts(self) -> np.ndarray:
         """(rows,) the place of each row's first response."""

@@ -1,21 +1,23 @@
 """Replies of one policy, or of two side by side, with what a judge says about them."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from prefopt_cli.errors import UserError
+from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.evaluation.asking import Asked, Prompts, choose
 from prefopt_cli.evaluation.generation import Drawing, Reply, SamplingStopped, Writer, draw
-from prefopt_cli.evaluation.judges.judging import Judge, Question, Ruling, Tally, rule, tally
+from prefopt_cli.evaluation.judges.judging import Judge, Question, Ruling, Tally, across, as_json, rule, tally
 from prefopt_cli.evaluation.judges.reward_model import RewardModelJudge
 from prefopt_cli.evaluation.statistics import LEVEL, Estimate, mean_with_interval
 from prefopt_cli.runs import atomic
 from prefopt_cli.training.reporting import Reporter
 
 SAMPLES, SUMMARY = "samples.jsonl", "summary.json"
+
+NO_JUDGE, UNFINISHED, FINISHED = "none", "unfinished", "finished"
+"""How far the judging is."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,8 @@ class Written:
         if self.scores is None:
             return None
         clusters = [place for place, each in enumerate(self.scores) for _ in each]
-        return mean_with_interval([score for each in self.scores for score in each], clusters, seed=seed)
+        values = [score for each in self.scores for score in each]
+        return across(mean_with_interval(values, clusters, seed=seed), clusters)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,13 @@ class Samples:
     """By prompt, on each pair of replies."""
     tally: Tally | None = None
     judge: dict[str, Any] | None = None
+    judging: str = NO_JUDGE
+
+    @property
+    def first_reason(self) -> str | None:
+        """Why the first pair without a verdict has none."""
+        flat = (ruling for each in self.rulings or [] for ruling in each)
+        return next((ruling.reason for ruling in flat if ruling.reason), None)
 
     def summary(self) -> dict[str, Any]:
         """For JSON, without the replies."""
@@ -78,6 +88,7 @@ class Samples:
             },
             "drawing": {**drawing, "max_new_tokens": self.asked.max_new_tokens},
             "policies": [self._policy(each) for each in self.written],
+            "judging": self.judging,
             "judge": self.judge,
             "verdicts": self.tally.to_dict() if self.tally else None,
         }
@@ -108,11 +119,20 @@ class Samples:
                     yield record
 
     def write(self, folder: Path) -> None:
-        """Write `samples.jsonl` and `summary.json`, each at once."""
-        folder.mkdir(parents=True, exist_ok=True)
-        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in self.records())
-        atomic.write_text(folder / SAMPLES, "".join(lines))
-        atomic.write_json(folder / SUMMARY, self.summary())
+        """Write `samples.jsonl` and `summary.json`, each at once.
+
+        Raises:
+            PrefoptError: they cannot be written; earlier files are still there.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            atomic.write_json_lines(folder / SAMPLES, self.records())
+            atomic.write_json(folder / SUMMARY, self.summary())
+        except OSError as error:
+            raise PrefoptError(
+                f"The samples cannot be written to {folder}: {error.strerror or error}. Make room there, or name "
+                "another folder with --output."
+            ) from error
 
     def _policy(self, written: Written) -> dict[str, Any]:
         score = written.score(self.drawing.seed)
@@ -121,7 +141,7 @@ class Samples:
             "replies": len(written.all),
             "tokens": written.tokens,
             "cut_off": written.cut_off,
-            **({"score": score.to_dict()} if score else {}),
+            **({"score": as_json(score)} if score else {}),
         }
 
 
@@ -143,6 +163,7 @@ def side_by_side(
     judge: Judge | None,
     reporter: Reporter,
     stopping: Callable[[], bool] = lambda: False,
+    keep: Callable[[Samples], None] = lambda _: None,
 ) -> Samples:
     """Have the policies reply, one after the other, and the replies judged.
 
@@ -155,6 +176,7 @@ def side_by_side(
         judge: who judges the replies, if anyone does.
         reporter: told of progress.
         stopping: whether a signal has asked to stop.
+        keep: gets the replies before they are judged, as a judge may fail.
 
     Raises:
         UserError: no prompt can be asked, or a model cannot be loaded.
@@ -180,16 +202,26 @@ def side_by_side(
             stopping=stopping,
         )
         written.append(Written(writer, replies))
+    found = Samples(asked, drawing, written)
     if judge is None:
-        return Samples(asked, drawing, written)
+        return found
+    keep(replace(found, judging=UNFINISHED))
+    return _judged(found, judge, reporter, stopping)
+
+
+def _judged(found: Samples, judge: Judge, reporter: Reporter, stopping: Callable[[], bool]) -> Samples:
+    """The same with scores, rulings and their tally, as far as the judge gives them."""
+    asked, written = found.asked, found.written
+    is_pointwise = isinstance(judge, RewardModelJudge)
     if isinstance(judge, RewardModelJudge):
         written = _scored(judge, asked, written, reporter, stopping)
-    if len(written) == 1:
-        return Samples(asked, drawing, written, judge=judge.to_dict())
-    rulings = _ruled(judge, asked, written, reporter, stopping)
-    clusters = [place for place, each in enumerate(rulings) for _ in each]
-    found = tally([ruling for each in rulings for ruling in each], clusters, seed=drawing.seed)
-    return Samples(asked, drawing, written, rulings, found, judge.to_dict())
+    rulings, counted = None, None
+    if len(written) > 1:
+        rulings = _ruled(judge, asked, written, reporter, stopping)
+        clusters = [place for place, each in enumerate(rulings) for _ in each]
+        flat = [ruling for each in rulings for ruling in each]
+        counted = tally(flat, clusters, seed=found.drawing.seed, sees_order=not is_pointwise)
+    return Samples(asked, found.drawing, written, rulings, counted, judge.to_dict(), FINISHED)
 
 
 def _scored(

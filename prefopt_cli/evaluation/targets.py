@@ -13,7 +13,7 @@ from prefopt_cli.models.ancestry import start_of
 from prefopt_cli.models.policy import PolicySource, find_policy, policy_of_run
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.recipe.loader import make_recipe
-from prefopt_cli.recipe.schema import ModelSettings, Recipe, SoftSettings
+from prefopt_cli.recipe.schema import GPOSettings, ModelSettings, Recipe, SoftSettings
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.reporting import Reporter
@@ -48,6 +48,9 @@ class Reward:
     relative: bool
     """Whether it is a log-ratio to the reference; that of soft preference optimization is not."""
     per_token: bool
+    is_log_odds: bool = True
+    """Whether the method takes sigma(margin) for the probability that chosen is preferred: losses other than the
+    logistic one do not, and a sequential stage adds the earlier rewards first."""
 
     @property
     def is_log_ratio(self) -> bool:
@@ -134,24 +137,37 @@ def find_target(
         UserError: there is no such policy, or no such reference.
     """
     run = _find_run(name, runs, key)
+    require_effect(overrides, trained=run is not None)
     if run is None:
         recipe = _model_recipe(name, overrides)
         source = find_policy(recipe.model, reporter.progress, key=key)
         own, run_id = None, None
     else:
-        require_unsettled(overrides)
         recipe = load_recipe(run.recipe, overrides)
         source = policy_of_run(run, reporter.progress, key=key)
-        manifest = run.read_manifest()
-        run_id = manifest.get("run_id")
-        own = None if reference else start_of(run, manifest, runs=runs, progress=reporter.progress)
+        run_id = run.read_manifest().get("run_id")
+        own = None if reference else _start(run, runs, reporter)
     if reference and reference != NO_REFERENCE:
         own = _other(reference, recipe, reporter, runs)
-    for policy in filter(None, (source, own)):
-        loading.load_config(policy, recipe.model)  # a misspelt path may look like a hub id: told first of all
+    loading.load_config(source, recipe.model)  # a misspelt path may look like a hub id: told first of all
     recipe = recipe.model_copy(update={"training": scoring_fields(recipe)})
     reward = reward_of(recipe, own, beta, trained=run is not None)
     return Target(name, source, recipe, run, run_id, own, reward)
+
+
+def _start(run: RunFolder, runs: RunFinder, reporter: Reporter) -> PolicySource:
+    """The policy that the run began with.
+
+    Raises:
+        UserError: it is not there any more.
+    """
+    try:
+        return start_of(run, run.read_manifest(), runs=runs, progress=reporter.progress)
+    except UserError as error:
+        raise UserError(
+            f"{error} Or measure from another policy with --reference RUN_OR_MODEL, from none with --reference "
+            f"{NO_REFERENCE}."
+        ) from error
 
 
 def reward_of(
@@ -163,9 +179,16 @@ def reward_of(
         return Reward(beta or method.alpha, "alpha", relative=False, per_token=method.length_normalize)
     if reference is None:
         return None
-    own = method.beta if trained and not isinstance(method, SoftSettings) else BETA
-    per_token = trained and method.length_normalize
-    return Reward(beta or own, "beta", relative=True, per_token=per_token)
+    if not trained or isinstance(method, SoftSettings):
+        return Reward(beta or BETA, "beta", relative=True, per_token=False)
+    logistic = isinstance(method, GPOSettings) and method.loss == "logistic"
+    return Reward(
+        beta or method.beta,
+        "beta",
+        relative=True,
+        per_token=method.length_normalize,
+        is_log_odds=logistic,
+    )
 
 
 def scoring_fields(recipe: Recipe) -> dict[str, Any]:
@@ -173,18 +196,24 @@ def scoring_fields(recipe: Recipe) -> dict[str, Any]:
     return {name: recipe.training[name] for name in SCORING_FIELDS if name in recipe.training}
 
 
-def require_unsettled(overrides: Sequence[str]) -> None:
+def require_effect(overrides: Sequence[str], *, trained: bool = True) -> None:
     """Refuse overrides that would change nothing.
 
     Raises:
-        UserError: one is about what finished runs have settled.
+        UserError: one is about what finished runs have settled, or what a model alone does not have.
     """
     for each in overrides:
         key = each.partition("=")[0].strip()
-        if any(key == name or key.startswith(f"{name}.") for name in SETTLED):
+        settled = (name for name in SETTLED if trained or name != "model.revision")
+        if any(key == name or key.startswith(f"{name}.") for name in settled):
+            why = (
+                "the run has settled {}, and is evaluated as it is"
+                if trained
+                else "{} says nothing of a model"
+            )
             raise UserError(
-                f"override {each!r}: the run has settled {key}, and is evaluated as it is. Held-out sets may be set "
-                "(dataset.eval), and how the policies are computed (training, model.dtype)."
+                f"override {each!r}: {why.format(key)}. Held-out sets may be set (dataset.eval), and how the policies "
+                "are computed (training, model.dtype)."
             )
 
 
@@ -230,4 +259,9 @@ def _other(reference: str, recipe: Recipe, reporter: Reporter, runs: RunFinder) 
     if run is not None:
         return policy_of_run(run, reporter.progress, key="--reference")
     settings = ModelSettings(name_or_path=reference, trust_remote_code=recipe.model.trust_remote_code)
-    return find_policy(settings, reporter.progress, key="--reference")
+    found = find_policy(settings, reporter.progress, key="--reference")
+    try:
+        loading.load_config(found, settings)
+    except UserError as error:
+        raise UserError(f"--reference {reference}: {error}") from error
+    return found

@@ -57,7 +57,7 @@ def test_all_that_lies_there(prefopt: Prefopt, runs: Path) -> None:
     assert result.code == 0, result.err
     assert f"Left out: {runs}/c (not finished (status interrupted))." in result.out
     assert f"Left out: {runs}/notes.txt (a file)." in result.out
-    assert "24 pairs of 24 prompts, measured from a" in result.out
+    assert "(pairs: 24, prompts: 24), measured from a" in result.out
     assert "KL, nats" in result.out
     assert "to 2 held-out prompts" in result.out
     folder = runs / "a" / "eval" / "compare"

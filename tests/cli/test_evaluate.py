@@ -178,7 +178,7 @@ def test_training_data_that_is_gone(
     held_out = summary(prefopt("eval", str(path), "--json"))["sets"]["heldout"]
     assert held_out["train_overlap"] is None
     assert len(held_out["notes"]) == 1
-    assert "the training data cannot be read any more" in held_out["notes"][0]
+    assert "own.jsonl: no such file" in held_out["notes"][0]
 
 
 @pytest.mark.parametrize(
@@ -313,3 +313,50 @@ def test_a_signal_while_scoring(trained: Path, tmp_path: Path) -> None:
     assert scores["computed"] + scores["from_cache"] == 4 * MANY
     assert 0 < scores["from_cache"] < 2 * MANY
     assert (tmp_path / "out" / "summary.json").is_file()
+
+
+def test_every_evaluation_has_a_folder_of_its_own(
+    prefopt: Prefopt, trained: Path, data: Path, tiny_world: Path
+) -> None:
+    """What is asked otherwise does not take another one's place, and never that of another command's files."""
+    asked = [
+        (),
+        ("--beta", "0.5"),
+        ("--reference", "none"),
+        ("--dimension", "heldout"),
+        ("dataset.max_length=100",),
+        ("--data", str(data)),
+        ("--data", str(data), "--data", f"{tiny_world}/heldout.jsonl"),
+        ("--data", f"compare={data}"),
+    ]
+    folders = []
+    for arguments in asked:
+        result = prefopt("eval", str(trained), *arguments)
+        assert result.code == 0, result.err
+        folders.append(result.out.splitlines()[-1].split()[1])
+    assert len(set(folders)) == len(asked)
+    names = [Path(folder).name for folder in folders]
+    assert names[:4] == ["heldout", "heldout-beta-0.5", "heldout-from-none", "heldout-heldout"]
+    assert names[5:] == ["more", "more-heldout", "compare-data"]
+    refused = prefopt("eval", str(trained), "--name", "compare")
+    assert refused.code == 2
+    assert "eval/compare is where `prefopt compare` writes" in refused.err
+    assert not (trained / "eval" / "compare").exists()
+
+
+def test_a_recipe_whose_files_are_elsewhere(
+    prefopt: Prefopt,
+    run: Run,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pairs(tmp_path / "own.jsonl", pairs(10, seed=61))
+    path = run("own", "training.max_steps=1", "dataset.eval={own: own.jsonl}").run.path
+    (tmp_path / "deeper").mkdir()
+    monkeypatch.chdir(tmp_path / "deeper")
+    result = prefopt("eval", str(path))
+    assert result.code == 2
+    assert (
+        f"It is named by {path}/recipe.yaml, from the folder in which the training was started" in result.err
+    )

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tests.evaluation.judges.test_openai import KEY, Server, server, status, tex
 from tests.evaluation.judges.test_reward_model import build_reward_model
 from tests.training.conftest import Run, make_recipe, run, shared_run  # noqa: F401
 
+REFUSED = "the judge's server refuses it"
 FEW = ("--limit", "3", "--max-new-tokens", "8")
 
 
@@ -43,7 +45,10 @@ def made_up() -> Samples:
         Written(Writer(name, source, None), each)  # type: ignore[arg-type]
         for name, each in zip(names, replies, strict=True)
     ]
-    rulings = [[Ruling(Outcome.TIED, Verdict.FIRST, Verdict.FIRST)], [Ruling(Outcome.NO_VERDICT)]]
+    rulings = [
+        [Ruling(Outcome.TIED, Verdict.FIRST, Verdict.FIRST)],
+        [Ruling(Outcome.NO_VERDICT, reason=REFUSED)],
+    ]
     judge = {"judge": "openai:m", "requests": 6, "retried": 2, "cached": 1, "failed": 2}
     counted = tally([each for (each,) in rulings], [0, 1])
     return Samples(asked, Drawing(), written, rulings, counted, judge)
@@ -64,9 +69,9 @@ def test_what_is_printed(encoding: str, tmp_path: Path) -> None:
     ]
     assert "prompt     user: snow?" in lines
     assert "           [cut off after 8 tokens]" in lines
-    assert "verdict    none: the judge's answers were not clear" in lines
+    assert "verdict    none: the judge's server refuses it" in lines
     whole = " ".join(lines)
-    assert "Win rate of kind against reference: 50.0 [" in whole
+    assert "Win rate of kind against reference: 50.0 % (one prompt: no interval) (0 won" in whole
     assert "1 without a verdict, which are not in the win rate" in whole
     assert "Of 1 pairs asked in both orders 1 changed with the order; 100% of the verdicts" in whole
     assert "Requests: 6, of them retries: 2. Verdicts from the cache: 1; not to be had: 2." in whole
@@ -150,18 +155,24 @@ def test_against_itself_a_reward_model_finds_exactly_one_half(
         ).out
     )
     assert told["verdicts"]["win_rate"]["value"] == 0.5
+    assert told["verdicts"]["win_rate"]["low"] is None  # nothing was judged
     assert told["verdicts"]["tied"] == told["verdicts"]["identical"] == 6
 
     there = json.loads(
         prefopt("sample", str(place), "--against", "reference", "--judge", judge, *FEW, "--json").out
     )
     assert there["verdicts"]["inconsistent"] == 0
+    assert "first_position" not in there["verdicts"]
     for own, other in zip(there["samples"][::2], there["samples"][1::2], strict=True):
         higher = "won" if own["score"] > other["score"] else "lost"
         assert own["ruling"]["outcome"] == higher
     result = prefopt("sample", str(place), "--judge", judge, *FEW)
     assert "mean [95 %]" in result.out
     assert "Win rate" not in result.out
+    same = prefopt("sample", str(place), "--against", str(place), "--judge", judge, *FEW)
+    assert "Nothing was judged: all 3 pairs are of identical replies" in same.out
+    one = prefopt("sample", str(place), "--judge", judge, "--limit", "1", "--max-new-tokens", "8")
+    assert "(one prompt: no interval)" in one.out
 
 
 def test_a_judge_behind_a_server(
@@ -176,23 +187,89 @@ def test_a_judge_behind_a_server(
     output = ("--output", str(tmp_path / "out"))
     result = prefopt("sample", str(place), *FEW, *asked, *output)
     assert result.code == 0, result.err
-    assert "Requests: 6, of them retries: 0." in result.out
+    assert "Requests: 7, of them retries: 0." in result.out  # one of them to try it out
     assert set(server.keys) == {f"Bearer {KEY}"}
     written = "".join(file.read_text() for file in (tmp_path / "out").iterdir())
     assert KEY not in result.out + result.err + written
 
     again = prefopt("sample", str(place), *FEW, *asked, *output)
-    assert len(server.asked) == 6
-    assert "Requests: 0, of them retries: 0. Verdicts from the cache: 6;" in again.out
+    assert len(server.asked) == 8
+    assert "Requests: 1, of them retries: 0. Verdicts from the cache: 6;" in again.out
 
-    server.usual = status(503)
+    server.script, server.usual = [text("Verdict: A")], status(503)
     gone = prefopt("sample", str(place), *FEW, *asked, *output, "--seed", "1", "--judge-retries", "0")
     assert gone.code == 1
     assert "0 of 6 verdicts are in the cache; the same command goes on from there." in gone.err
-    server.usual = status(401)
-    refused = prefopt("sample", str(place), *FEW, *asked, *output, "--seed", "1")
-    assert refused.code == 2
-    assert "OPENAI_API_KEY" in refused.err
+    assert f"The replies are in {tmp_path / 'out'}, without verdicts." in gone.err
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["judging"], summary["judge"], summary["drawing"]["seed"]) == ("unfinished", None, 1)
+    assert len((tmp_path / "out" / "samples.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(("code", "exit_code"), [(401, 2), (404, 2), (503, 1)])
+def test_a_judge_that_cannot_judge_is_found_out_before_anything_is_drawn(
+    prefopt: Prefopt,
+    place: Path,
+    server: Server,  # noqa: F811
+    tmp_path: Path,
+    code: int,
+    exit_code: int,
+) -> None:
+    server.usual = status(code)
+    asked = ("--against", "reference", "--judge", "openai:m", "--judge-url", server.url)
+    options = ("--judge-retries", "0", "--output", str(tmp_path / "out"))
+    result = prefopt("sample", str(place), *FEW, *asked, *options)
+    assert result.code == exit_code
+    assert len(server.asked) == 1
+    assert "sampling" not in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_replies_without_a_folder_are_shown_where_the_judge_fails(
+    prefopt: Prefopt,
+    tiny_world: Path,
+    place: Path,
+    server: Server,  # noqa: F811
+) -> None:
+    server.script, server.usual = [text("Verdict: A")], status(401)
+    asked = ("--against", str(place), "--judge", "openai:m", "--judge-url", server.url)
+    result = prefopt("sample", str(tiny_world / "model"), "--prompts", "tea?", *FEW, *asked, "--json")
+    assert result.code == 2
+    told = json.loads(result.out)
+    assert told["judging"] == "unfinished"
+    assert len(told["samples"]) == 2
+
+
+def test_no_verdict_at_all_is_a_failure_with_its_results(
+    prefopt: Prefopt,
+    place: Path,
+    server: Server,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    server.script, server.usual = [text("Verdict: A")], status(422, "filtered")
+    asked = ("--against", "reference", "--judge", "openai:m", "--judge-url", server.url)
+    result = prefopt("sample", str(place), *FEW, *asked, "--output", str(tmp_path / "out"))
+    assert result.code == 1
+    assert (
+        "no verdict on any of 3 pairs: the judge's server refuses it (HTTP status 422): filtered"
+        in result.err
+    )
+    assert "No win rate" in result.out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["judging"], summary["verdicts"]["no_verdict"]) == ("finished", 3)
+
+
+def test_files_that_cannot_be_written_lose_no_results(
+    prefopt: Prefopt, tiny_world: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out" / "samples.jsonl").mkdir(parents=True)
+    output = ("--output", str(tmp_path / "out"))
+    result = prefopt("sample", str(tiny_world / "model"), "--prompts", "tea?", *FEW, *output)
+    assert result.code == 1
+    assert "prompt  tea?" in " ".join(result.out.split("\n")).replace("   ", "  ")
+    assert "The samples cannot be written to" in result.err
+    assert "Files:" not in result.out
+    assert "Unexpected" not in result.err
 
 
 def test_a_rubric_of_the_users(
@@ -264,6 +341,20 @@ def test_texts_are_messages_where_the_run_was_trained_on_them(
             "--judge-url is for --judge openai:MODEL",
         ),
         (("--judge-prompt", "f"), "--judge-prompt is for --judge openai:MODEL"),
+        (("--judge-concurrency", "4"), "--judge-concurrency is for --judge openai:MODEL"),
+        (("--judge-rpm", "4"), "--judge-rpm is for --judge openai:MODEL"),
+        (("--judge-timeout", "4"), "--judge-timeout is for --judge openai:MODEL"),
+        (
+            ("--judge", "reward-model:x", "--judge-retries", "5"),
+            "--judge-retries is for --judge openai:MODEL",
+        ),
+        (("--judge-timeout", "inf"), "--judge-timeout"),
+        (("--judge", "openai:m", "--judge-url", "http://h", "--judge-timeout", "nan"), "--judge-timeout nan"),
+        (("--judge", "openai:m\udcff", "--judge-url", "http://h"), "not UTF-8"),
+        (("--temperature", "inf"), "--temperature inf"),
+        (("--temperature", "nan"), "--temperature nan"),
+        (("--split", "test"), "--split is of a data set"),
+        (("--prompts", "sandbox:polite", "--chat"), "--chat is for prompts from the command line"),
         (("--judge", "openai:m", "--judge-url", "http://h/v1"), "compares replies of two policies"),
         (("--judge", "reward-model:./none"), "there is no folder ./none"),
         (("--top-p", "0"), "--top-p 0"),
@@ -280,6 +371,50 @@ def test_what_cannot_work_is_refused_before_anything_is_drawn(
     assert result.code == 2
     assert said in result.err
     assert "Traceback" not in result.err
+
+
+def test_options_of_prompts_have_no_meaning_for_held_out_sets(prefopt: Prefopt, place: Path) -> None:
+    for arguments, said in ((("--no-chat",), "the run's held-out sets"), (("--split", "test"), "--prompts")):
+        result = prefopt("sample", str(place), *FEW, *arguments)
+        assert result.code == 2
+        assert said in result.err
+
+
+def test_several_processes_are_refused(prefopt: Prefopt, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = prefopt("sample", "any", *FEW)
+    assert result.code == 2
+    assert "prefopt sample runs in one process" in result.err
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_the_wait_for_a_server(
+    prefopt: Prefopt,
+    place: Path,
+    server: Server,  # noqa: F811
+) -> None:
+    over = threading.Event()
+    server.script, server.usual = [text("Verdict: A")], lambda handler: (over.wait(100), None)[1]
+    command = (
+        *("sample", str(place), "--against", "reference", *FEW),
+        *("--judge", "openai:m", "--judge-url", server.url, "--judge-timeout", "600"),
+    )
+    begun = subprocess.Popen(
+        [sys.executable, "-m", "prefopt_cli", *command], stderr=subprocess.PIPE, env=environment(), text=True
+    )
+    deadline = time.monotonic() + 120
+    while len(server.asked) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    begun.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    begun.send_signal(signal.SIGINT)
+    _, said = begun.communicate(timeout=60)
+    over.set()
+
+    assert begun.returncode == 130
+    assert "Interrupted." in said
+    assert "The replies are in" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.slow
@@ -307,10 +442,10 @@ def test_ctrl_c_keeps_the_verdicts(
     assert begun.returncode == 130
     assert "Stopped. Verdicts of a server are in the cache" in said
     assert "Traceback" not in said
-    assert not (tmp_path / "out" / "summary.json").exists()
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["judging"] == "unfinished"
     asked = len(server.asked)
     assert asked < 48
     server.usual = text("Verdict: A")
     result = prefopt(*command)
     assert result.code == 0, result.err
-    assert len(server.asked) == 48
+    assert len(server.asked) == 48 + 2  # either command has tried it out

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prefopt_cli.data.examples import Comparison
 from prefopt_cli.evaluation.evaluate import Evaluation, evaluate
 from prefopt_cli.evaluation.held_out import HeldOutSet, chosen_sets, held_out_sets
+from prefopt_cli.evaluation.overlap import Trained
 from prefopt_cli.evaluation.scored import ScoredSet, scored_set
 from prefopt_cli.evaluation.targets import Reward, find_target
 from prefopt_cli.runs.finding import RunFinder
@@ -88,7 +89,7 @@ def evaluation(
         overrides=overrides,
     )
     settings = chosen_sets(target.recipe.dataset, [*map(str, data)], split=None, dimensions=dimensions)
-    return evaluate(target, held_out_sets(target, settings, Silent()), Silent(), trained_on=known)
+    return evaluate(target, held_out_sets(target, settings, Silent()), Silent(), trained=Trained(known))
 
 
 def made_up(

@@ -47,7 +47,7 @@ def compared(
     )
     listed = [str(data)] if data else []
     settings = chosen_sets(targets[0].recipe.dataset, listed, split=None, dimensions=[])
-    return compare(targets, settings, reporter, skipped=skipped, kl_prompts=kl_prompts)
+    return compare(targets, settings, reporter, RunFinder(), skipped=skipped, kl_prompts=kl_prompts)
 
 
 @pytest.fixture
@@ -100,9 +100,13 @@ def test_differences_are_those_of_the_single_evaluations(three: tuple[Path, Path
         difference = paired.differences[label]
         right = (margins[label] > 0).astype(float) - (margins["one"] > 0)
         assert difference["accuracy/main"].estimate.value == pytest.approx(right.mean())
-        assert difference["margin/main"].estimate.value == pytest.approx(
-            (margins[label] - margins["one"]).mean()
-        )
+        # One of the rewards is alpha log pi, so margins are compared in nats.
+        assert "margin/main" not in difference
+        nats = [
+            np.array([each["chosen_logp"] - each["rejected_logp"] for each in listed.values()])
+            for listed in (own[["one", "two", "three"].index(label)], own[0])
+        ]
+        assert difference["margin/logp"].estimate.value == pytest.approx((nats[0] - nats[1]).mean())
         changed = {
             (name, "chosen" if listed[name]["margin"] > 0 else "rejected")
             for listed in [own[["one", "two", "three"].index(label)]]
@@ -165,7 +169,8 @@ def test_the_same_run_twice(three: tuple[Path, Path, Path], tmp_path: Path) -> N
         assert each.estimate == (0, 0, 0)
         assert (each.p, each.p_holm) == (1.0, 1.0)
     assert found.sets["heldout"].changes["copy"] == ()
-    assert [each.code for each in compare_files.comparison_findings(found)] == ["like_baseline"]
+    codes = [each.code for each in compare_files.comparison_findings(found)]
+    assert sorted(codes) == ["few_prompts", "like_baseline"]
 
 
 def test_a_model_and_its_reference_are_asked_once(
@@ -297,3 +302,30 @@ def test_gold_rewards_are_those_of_the_run_folders(three: tuple[Path, Path, Path
     assert [each.gold for each in found.policies] == [{"helpful": (0.5, 0.4, 0.6)}, None]
     told = [each["gold"] for each in compare_files.summary_of(found)["policies"]]
     assert told == [{"helpful": figures["reward/helpful"]}, None]
+
+
+def test_prompts_that_one_of_them_was_trained_on(
+    three: tuple[Path, Path, Path],
+    shared_run: Run,  # noqa: F811
+    mixed: Path,
+) -> None:
+    """Told of that policy alone: what it knows by heart is no better accuracy."""
+    knows = shared_run("knows", f"dataset.train={mixed}").run.path
+    found = compared(three[0], knows, data=mixed)
+    (overlap,) = [each for each in compare_files.comparison_findings(found) if each.code == "train_overlap"]
+    assert overlap.text.startswith(
+        "knows: 60 of the 60 prompts (60 pairs, 100.0%) occur in the training data"
+    )
+    told = {each["label"]: each["sets"]["mixed"] for each in compare_files.summary_of(found)["policies"]}
+    assert told["one"]["train_overlap"] == {"prompts": 0, "pairs": 0}
+    assert told["knows"]["train_overlap"] == {"prompts": 60, "pairs": 60}
+
+
+def test_rewards_of_other_scales_are_told(three: tuple[Path, Path, Path], mixed: Path) -> None:
+    findings = {each.code: each for each in compare_files.comparison_findings(compared(*three, data=mixed))}
+    assert (
+        "alpha * logp, alpha = 0.5; beta * (logp - reference's logp), beta = 0.1"
+        in findings["different_rewards"].text
+    )
+    alike = compare_files.comparison_findings(compared(*three[:2], data=mixed))
+    assert "different_rewards" not in {each.code for each in alike}

@@ -43,9 +43,11 @@ def kl(
     listed = [str(data)] if data else []
     settings = chosen_sets(target.recipe.dataset, listed, split=None, dimensions=[])
     sets = held_out_sets(target, settings, Silent())
-    return kl_to_reference(
+    found = kl_to_reference(
         target, list(sets.values()), KLSettings(prompts, tokens, seed), Silent(), **options
     )
+    assert found is None or found.prompts <= prompts
+    return found.kl if found else None
 
 
 def exact(policy: Any, reference: Any, world: Path, prompts: list[str]) -> tuple[float, float]:

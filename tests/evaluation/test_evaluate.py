@@ -133,7 +133,7 @@ def test_every_figure_is_what_plain_transformers_gives(
     rows = read(tiny_world / "heldout.jsonl")
     own = by_hand(asked.policy, tiny_world / "model", rows)
     its = by_hand(asked.reference, tiny_world / "model", rows) if asked.reference else None
-    expected = figures_by_hand(own, its, asked.reward)
+    expected = figures_by_hand(own, its, asked.reward, asked.formula)
 
     summary = found.to_dict()
     (held_out,) = summary["sets"].values()
@@ -170,13 +170,17 @@ def rewards_by_hand(own: Plain, its: Plain | None, reward: Rewards) -> np.ndarra
     return chosen - rejected
 
 
-def figures_by_hand(own: Plain, its: Plain | None, reward: Rewards | None) -> dict[str, float]:
+def figures_by_hand(
+    own: Plain, its: Plain | None, reward: Rewards | None, formula: str | None
+) -> dict[str, float]:
     scores = {
         "logp": own.logps.margins,
         "logp_per_token": own.logps[0] / own.tokens[0] - own.logps[1] / own.tokens[1],
     }
     if reward is not None:
         scores["reward"] = rewards_by_hand(own, its, reward)
+    if its is not None and formula != RELATIVE:
+        scores["log_ratio"] = own.logps.margins - its.logps.margins
     found = {}
     for name, margins in scores.items():
         assert abs(margins).min() > CLOSE, "a tie that rounding could turn"
@@ -247,7 +251,11 @@ def test_a_policy_that_is_its_own_reference(tiny_world: Path, tmp_path: Path) ->
     """All rewards are equal: every accuracy by reward is a tie, and lists have no order to speak of."""
     ranked = tmp_path / "ranked.jsonl"
     lines = [
-        {"prompt": row["prompt"], "responses": [row["chosen"], row["rejected"], f" {n}."], "ranks": [0, 1, 2]}
+        {
+            "prompt": row["prompt"],
+            "responses": [row["chosen"], row["rejected"], f" {n}."],
+            "ranking": [0, 1, 2],
+        }
         for n, row in enumerate(read(tiny_world / "heldout.jsonl"))
     ]
     ranked.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -4,17 +4,10 @@ import numpy as np
 import pytest
 
 from prefopt_cli.evaluation.figures import figures_of
-from prefopt_cli.evaluation.findings import (
-    DROPPED,
-    FEW_PROMPTS,
-    OVERCONFIDENT,
-    SPREAD,
-    UNDERCONFIDENT,
-    Finding,
-    findings_of,
-)
+from prefopt_cli.evaluation.findings import DROPPED, FEW_PROMPTS, TOO_FEW, Finding
 from prefopt_cli.evaluation.held_out import prompt_key
 from prefopt_cli.evaluation.scored import ScoredSet
+from prefopt_cli.evaluation.set_findings import OVERCONFIDENT, SPREAD, UNDERCONFIDENT, findings_of
 from tests.evaluation.plain import REWARD, made_up
 
 PAIRS = 100
@@ -77,12 +70,33 @@ LONGER_FOR_SEVENTY = [[6, 5] if n < 70 else [5, 6] for n in range(PAIRS)]
     ],
 )
 def test_length_alone(margins: np.ndarray, code: str, other: str, gain: float) -> None:
-    told = found(pairs(margins, lengths=LONGER_FOR_SEVENTY))
+    told = found(pairs(margins, np.zeros(PAIRS), lengths=LONGER_FOR_SEVENTY))
     assert other not in told
     assert told[code].figure == pytest.approx(gain)
     assert told[code].threshold == 0.0
     assert "always taking the longer response gets 70.0%" in told[code].text
     assert told[code].weight == ("good" if code == "above_length_only" else "warning")
+
+
+def test_a_log_probability_that_only_counts_tokens() -> None:
+    """The longer response is preferred, and less likely: that is no sign of anything."""
+    margins = np.array([-1.0 if n < 70 else 1.0 for n in range(PAIRS)])
+    alone, ratio = (
+        found(pairs(margins, reference, lengths=LONGER_FOR_SEVENTY)) for reference in (None, np.zeros(PAIRS))
+    )
+    assert [told["below_chance"].weight for told in (alone, ratio)] == ["note", "warning"]
+    assert [told["not_above_length_only"].weight for told in (alone, ratio)] == ["note", "warning"]
+    assert "per token the accuracy is" in alone["below_chance"].text
+    assert "swapped" in ratio["below_chance"].text
+
+
+def test_nothing_is_concluded_from_a_handful_of_prompts() -> None:
+    few = found(pairs(mixed(4, total=TOO_FEW - 1), np.zeros(TOO_FEW - 1)))
+    assert few.keys() == {"few_prompts"}
+    assert few["few_prompts"].weight == "warning"
+    assert "Only 4 prompts: the intervals say nothing" in few["few_prompts"].text
+    assert "Only 1 prompt:" in found(pairs([1.0]))["few_prompts"].text
+    assert len(found(pairs(mixed(5, total=TOO_FEW), np.zeros(TOO_FEW)))) > 1
 
 
 def test_likelihood_displacement() -> None:
@@ -136,7 +150,7 @@ def test_accuracy_that_depends_on_length() -> None:
     zero = np.zeros(PAIRS)
     told = found(pairs(lopsided, zero, lengths=lengths))["depends_on_length"]
     assert (told.figure, told.threshold) == (1.0, SPREAD)
-    assert "100.0% [83.9, 100.0] where chosen is +1 tokens longer" in told.text
+    assert "100.0% [83.9, 100.0] where chosen minus rejected is +1 tokens" in told.text
     assert "where it is -2." in told.text
     assert "depends_on_length" not in found(pairs(even, zero, lengths=lengths))
     # By log-probability alone: shorter ones are likelier, which is no finding.

@@ -189,9 +189,38 @@ def test_lines_of_a_text_file(tmp_path: Path) -> None:
     found = find_prompts(str(file), None, Silent())
     assert found.texts == ("tea", "  maps")
     assert found.are_loose
+    file.write_bytes("one\u2028line\r\nan\x0bother\x85one\rstill\n".encode())
+    assert find_prompts(str(file), None, Silent()).texts == ("one\u2028line", "an\x0bother\x85one\rstill")
     file.write_text("\n")
     with pytest.raises(UserError, match="one on each line"):
         find_prompts(str(file), None, Silent())
+
+
+def test_a_kind_of_file_that_cannot_be_read_is_told_all_that_can(tmp_path: Path) -> None:
+    for name in ("prompts.md", "prompts.txt.gz", "prompts"):
+        (tmp_path / name).write_text("tea\n")
+        with pytest.raises(UserError, match=r"known are \.txt, .*\.jsonl"):
+            find_prompts(str(tmp_path / name), None, Silent())
+
+
+def test_a_split_is_of_a_data_set(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("tea\n")
+    for wanted in ("tea?", str(tmp_path / "p.txt")):
+        with pytest.raises(UserError, match="--split is of a data set"):
+            find_prompts(wanted, "test", Silent())
+    (tmp_path / "p.jsonl").write_text('{"prompt": "tea"}\n{"prompt": "maps"}\n')
+    assert find_prompts(str(tmp_path / "p.jsonl"), "train[:1]", Silent()).texts == ("tea",)
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(UserError, match=r"not UTF-8 text from character 5 on"):
+        find_prompts("tea \udcff", None, Silent())
+
+
+@pytest.mark.parametrize("temperature", [float("inf"), float("nan")])
+def test_a_temperature_is_a_number(temperature: float) -> None:
+    with pytest.raises(UserError, match="--temperature"):
+        Drawing(temperature=temperature).require_finite()
 
 
 def test_what_is_no_file_is_a_prompt_unless_it_looks_like_one(

@@ -165,3 +165,17 @@ def test_a_model_without_a_recipe_takes_what_its_context_holds(tiny_world: Path,
     )
     with pytest.raises(UserError, match=r"the model's context holds 256"):
         held_out_sets(asked, chosen(asked.recipe.dataset, str(path)), Silent())
+
+
+def test_sets_of_one_name_are_not_thrown_together(dimensions: Path, tmp_path: Path) -> None:
+    """Unless the user gives them the name; of several files, dimensions are named after both."""
+    other = tmp_path / "elsewhere" / dimensions.name
+    other.parent.mkdir()
+    other.write_text(dimensions.read_text())
+    with pytest.raises(UserError, match=r"another set is called .*, too. Name them: --data NAME=SOURCE"):
+        chosen(settings(), str(dimensions), str(other))
+    together = chosen(settings(), f"both={dimensions}", f"both={other}")
+    assert {name: len(listed) for name, listed in together.eval.items()} == {"both": 2}
+    named = chosen(settings(), f"a={dimensions}", f"b={other}", dimensions=("all",))
+    assert len(named.eval) == 2 * len(chosen(settings(), str(dimensions), dimensions=("all",)).eval)
+    assert all(name.startswith(("a-", "b-")) for name in named.eval)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from prefopt_cli.evaluation.overlap import trained_on
+from prefopt_cli.evaluation.overlap import Trained, TrainingPrompts
 from prefopt_cli.runs.finding import RunFinder
+from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.reporting import Silent
 from tests.evaluation.plain import evaluation, read
 from tests.tiny import pairs, write_pairs
@@ -30,12 +31,14 @@ def stages(run: Run, tmp_path: Path) -> tuple[Path, Path]:  # noqa: F811
     return first, second
 
 
-def told(path: Path, data: Path) -> dict[str, int] | None:
-    from prefopt_cli.runs.folder import RunFolder
+def trained_on(path: Path | None) -> Trained:
+    return TrainingPrompts(RunFinder(), Silent()).of(RunFolder(path) if path else None)
 
-    known, reason = trained_on(RunFolder(path), RunFinder(), Silent())
-    assert (known is None) == bool(reason)
-    (found,) = evaluation(path, data, known=known).to_dict()["sets"].values()
+
+def told(path: Path, data: Path) -> dict[str, int] | None:
+    trained = trained_on(path)
+    assert (trained.keys is None) == bool(trained.reason) == bool(trained.notes)
+    (found,) = evaluation(path, data, known=trained.keys).to_dict()["sets"].values()
     return found["train_overlap"]
 
 
@@ -53,30 +56,35 @@ def test_prompts_of_a_run_and_of_those_before_it(stages: tuple[Path, Path], tmp_
 
 
 def test_training_data_that_is_gone(stages: tuple[Path, Path], tmp_path: Path) -> None:
-    from prefopt_cli.runs.folder import RunFolder
-
     first, second = stages
     write_pairs(tmp_path / "new.jsonl", pairs(5, seed=13))
     (tmp_path / "one.jsonl").unlink()
     assert told(first, tmp_path / "new.jsonl") is None
-    known, reason = trained_on(RunFolder(second), RunFinder(), Silent())
-    assert known is None
-    assert "the training data cannot be read any more" in reason
-    assert "one.jsonl" in reason
+    trained = trained_on(second)
+    assert trained.keys is None
+    (note,) = trained.notes
+    assert note.startswith("Not checked whether the prompts occur in the training data: ")
+    assert "one.jsonl: no such file" in note
+
+
+def test_training_data_that_is_another_one_now(stages: tuple[Path, Path], tmp_path: Path) -> None:
+    write_pairs(tmp_path / "one.jsonl", pairs(7, seed=14))
+    trained = trained_on(stages[1])
+    assert trained.keys is None
+    assert trained.reason is not None
+    assert trained.reason.endswith("has changed since (7 rows now, 10 then)")
 
 
 def test_a_model_does_not_tell() -> None:
-    assert trained_on(None, RunFinder(), Silent()) == (None, "no run tells what the model was trained on")
+    assert trained_on(None) == Trained(None, "no run tells what the model was trained on")
 
 
 def test_what_was_held_out_from_training_is_no_overlap(run: Run, tmp_path: Path) -> None:  # noqa: F811
     """The holdout is of other prompts than the rest; the rest is not counted as held out."""
-    from prefopt_cli.runs.folder import RunFolder
-
     write_pairs(tmp_path / "one.jsonl", pairs(20, seed=11))
     options = (f"dataset.train={tmp_path}/one.jsonl", "dataset.eval={}", "dataset.holdout=0.25")
     path = run("held", SHORT, *options).run.path
-    known, _ = trained_on(RunFolder(path), RunFinder(), Silent())
+    known = trained_on(path).keys
     assert known is not None
     (found,) = evaluation(path, known=known).to_dict()["sets"].values()
     assert found["train_overlap"] == {"prompts": 0, "pairs": 0}

@@ -65,10 +65,25 @@ def test_rewards_from_references_of_their_own() -> None:
     assert found.changes == {"other": ()}
 
 
-def test_a_reward_and_a_log_probability_have_no_margin_in_common() -> None:
+def test_a_reward_and_a_log_probability_have_the_latter_in_common() -> None:
+    """Margins by log-probability 2, -2, -1, 0, 3 and 3, 1, 0, -1, -1: one score for both."""
     found = paired_set("set", {"run": made_up(FIRST, BASE, reward=REWARD), "model": made_up(OTHER)})
-    assert found.differences["model"].keys() == {"accuracy/main", "accuracy/logp"}
+    assert (found.main, found.margin) == ("logp", "logp")
+    told = found.differences["model"]
+    assert told["accuracy/main"].estimate.value == pytest.approx((0 + 1 + 0.5 - 0.5 - 1) / 5)
+    assert told["margin/main"] == told["margin/logp"]
     assert found.calibration.keys() == {"run"}
+
+
+def test_rewards_of_other_scales_have_no_margin_in_common() -> None:
+    """Log-probabilities of twice the ratio under a tenth of beta: only in nats is the larger margin seen."""
+    weak, strong = replace(REWARD, scale=0.01), REWARD
+    first, other = made_up(FIRST, BASE, reward=strong), made_up(OTHER, BASE, reward=weak)
+    found = paired_set("set", {"first": first, "other": other})
+    assert (found.main, found.margin) == ("reward", "logp")
+    told = found.differences["other"]
+    assert told.keys() == {"accuracy/main", "accuracy/logp", "margin/logp"}
+    assert told["margin/logp"].estimate.value == pytest.approx((1 + 3 + 1 - 1 - 4) / 5)
 
 
 def test_changed_pairs_are_those_whose_sign_differs() -> None:

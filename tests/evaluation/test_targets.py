@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.evaluation.targets import SETTLED, Reward, Target, find_target, require_unsettled
+from prefopt_cli.evaluation.targets import SETTLED, Reward, Target, find_target, require_effect
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.training.reporting import Silent
 from tests.training.conftest import (
@@ -42,11 +42,11 @@ def test_rewards_by_hand() -> None:
 @pytest.mark.parametrize("rest", ["", ".deeper"])
 def test_what_the_run_has_settled_is_not_overridden(name: str, rest: str) -> None:
     with pytest.raises(UserError, match=rf"the run has settled {name}{rest}, and is evaluated as it is"):
-        require_unsettled(["dataset.max_length=64", f"{name}{rest}=1"])
+        require_effect(["dataset.max_length=64", f"{name}{rest}=1"])
 
 
 def test_what_may_be_overridden() -> None:
-    require_unsettled(
+    require_effect(
         ["dataset.max_length=64", "dataset.eval={a: b}", "training.use_cpu=true", "model.dtype=float32"]
     )
 

@@ -4,6 +4,7 @@ A judge that prefers whatever it sees first would otherwise decide by the order.
 agree; else the pair is a tie.
 """
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -39,6 +40,13 @@ _OUTCOME = {Verdict.FIRST: Outcome.WON, Verdict.SECOND: Outcome.LOST, Verdict.TI
 
 
 @dataclass(frozen=True)
+class NoVerdict:
+    """A judge has been asked and has not decided."""
+
+    reason: str = "the judge's answers were not clear"
+
+
+@dataclass(frozen=True)
 class Question:
     """Two replies to one prompt, in the order in which the judge sees them."""
 
@@ -54,10 +62,17 @@ class JudgingStopped(Exception):
 class Judge(Protocol):
     """Whatever can say which of two replies is better."""
 
+    def check(self) -> None:
+        """Find out, before there is anything to judge, whether it can judge.
+
+        Raises:
+            PrefoptError: it cannot.
+        """
+
     def verdicts(
         self, questions: Sequence[Question], reporter: Reporter, stopping: Callable[[], bool]
-    ) -> list[Verdict | None]:
-        """A verdict on each question, None where the judge gave none.
+    ) -> Sequence[Verdict | NoVerdict]:
+        """A verdict on each question, or why there is none.
 
         Raises:
             JudgingStopped: a signal came.
@@ -77,6 +92,8 @@ class Ruling:
     own_second: Verdict | None = None
     asked: bool = True
     """Identical replies tie without the judge."""
+    reason: str | None = None
+    """Why there is no verdict."""
 
     @property
     def agrees(self) -> bool:
@@ -98,7 +115,8 @@ class Tally:
     """What the rulings come to."""
 
     win_rate: Estimate | None
-    """Share of pairs won, ties one half, of those with a verdict; None where there is none."""
+    """Share of pairs won, ties one half, of those with a verdict; None where there is none, or where the judge was
+    asked and gave none."""
     won: int
     lost: int
     tied: int
@@ -110,7 +128,8 @@ class Tally:
     asked: int
     """Pairs that the judge gave a verdict on in both orders."""
     first_position: float | None
-    """Share of verdicts for one side that were for the reply shown first; 0.5 shows no bias."""
+    """Share of verdicts for one side that were for the reply shown first; 0.5 shows no bias. None where there are no
+    such verdicts, or the judge sees one reply at a time."""
 
     @property
     def pairs(self) -> int:
@@ -119,8 +138,15 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        rate = self.win_rate.to_dict() if self.win_rate else None
-        return {"pairs": self.pairs, **asdict(self), "win_rate": rate}
+        told = {"pairs": self.pairs, **asdict(self), "win_rate": as_json(self.win_rate)}
+        if self.first_position is None:
+            del told["first_position"]
+        return told
+
+    @property
+    def failed(self) -> bool:
+        """Whether the judge was asked, and gave no verdict at all."""
+        return self.no_verdict > 0 and not self.asked
 
 
 def rule(
@@ -154,20 +180,44 @@ def rule(
     return rulings
 
 
-def _ruling(own_first: Verdict | None, own_second: Verdict | None) -> Ruling:
-    if own_first is None or own_second is None:
-        return Ruling(Outcome.NO_VERDICT, own_first, own_second)
+def _ruling(own_first: Verdict | NoVerdict, own_second: Verdict | NoVerdict) -> Ruling:
+    if isinstance(own_first, NoVerdict):
+        other = None if isinstance(own_second, NoVerdict) else own_second
+        return Ruling(Outcome.NO_VERDICT, None, other, reason=own_first.reason)
+    if isinstance(own_second, NoVerdict):
+        return Ruling(Outcome.NO_VERDICT, own_first, None, reason=own_second.reason)
     agreed = own_first == _SWAPPED[own_second]
     return Ruling(_OUTCOME[own_first] if agreed else Outcome.TIED, own_first, own_second)
 
 
-def tally(rulings: Sequence[Ruling], clusters: Sequence[Hashable], *, seed: int = 0) -> Tally:
+def across(estimate: Estimate, clusters: Sequence[Hashable]) -> Estimate:
+    """The estimate, without its interval (nan) where one prompt alone has nothing to say of others."""
+    return estimate if len(set(clusters)) > 1 else Estimate(estimate.value, math.nan, math.nan)
+
+
+def as_json(estimate: Estimate | None) -> dict[str, float | None] | None:
+    """For JSON, with null where there is no interval."""
+    if estimate is None:
+        return None
+    return {name: None if math.isnan(each) else each for name, each in estimate.to_dict().items()}
+
+
+def tally(
+    rulings: Sequence[Ruling],
+    clusters: Sequence[Hashable],
+    *,
+    seed: int = 0,
+    sees_order: bool = True,
+) -> Tally:
     """Count the rulings; the interval resamples whole clusters.
+
+    Pairs of identical replies alone have a rate of one half, without an interval: nothing was judged.
 
     Args:
         rulings: (N,) of the pairs.
         clusters: (N,) the prompt of each.
         seed: of the resampling.
+        sees_order: whether the judge sees both replies, in an order.
     """
     counts = {outcome: sum(each.outcome == outcome for each in rulings) for outcome in Outcome}
     judged = [number for number, each in enumerate(rulings) if each.outcome in VALUE]
@@ -179,9 +229,11 @@ def tally(rulings: Sequence[Ruling], clusters: Sequence[Hashable], *, seed: int 
         if verdict in (Verdict.FIRST, Verdict.SECOND)
     ]
     rate = None
-    if judged:
+    fails = counts[Outcome.NO_VERDICT] > 0 and not complete
+    if judged and not fails:
         values = [VALUE[rulings[number].outcome] for number in judged]
-        rate = estimates({"": share(values)}, [clusters[number] for number in judged], seed=seed)[""]
+        prompts = [clusters[number] for number in judged]
+        rate = across(estimates({"": share(values)}, prompts, seed=seed)[""], prompts if complete else ())
     return Tally(
         win_rate=rate,
         won=counts[Outcome.WON],
@@ -191,5 +243,5 @@ def tally(rulings: Sequence[Ruling], clusters: Sequence[Hashable], *, seed: int 
         identical=sum(not each.asked for each in rulings),
         inconsistent=sum(not each.agrees for each in complete),
         asked=len(complete),
-        first_position=sided.count(Verdict.FIRST) / len(sided) if sided else None,
+        first_position=sided.count(Verdict.FIRST) / len(sided) if sided and sees_order else None,
     )

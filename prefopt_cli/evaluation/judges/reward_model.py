@@ -23,6 +23,19 @@ KEY = "--judge reward-model"
 NO_LIMIT = 10**9
 """Tokenizers that know no limit name one beyond this."""
 
+AFTER_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "ibert",
+    "longformer",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
+"""Kinds of models that count positions from the number of their padding token on, so that they have fewer of them."""
+
 Reply = tuple[Text, str]
 """A prompt, and a reply to it."""
 
@@ -31,7 +44,7 @@ class RewardModelJudge:
     """Scores replies, each once: the verdicts in both orders follow from the same two scores."""
 
     def __init__(self, place: str, *, device: torch.device | None = None, batch_size: int = 8) -> None:
-        """Configuration and tokenizer are read; weights wait until there is something to score.
+        """Configuration and tokenizer are read; weights wait until `check` or until there is something to score.
 
         Args:
             place: folder or hub id of a sequence classifier.
@@ -39,7 +52,7 @@ class RewardModelJudge:
             batch_size: replies that are scored together.
 
         Raises:
-            UserError: there is no such model, or it has more labels than one.
+            UserError: there is no such model, it has more labels than one, or another model's tokenizer.
         """
         self._place, self._local = _resolved(place)
         with _loading(place, "the model", local=self._local):
@@ -52,19 +65,39 @@ class RewardModelJudge:
         with _loading(place, "the tokenizer of", local=self._local):
             self._tokenizer = AutoTokenizer.from_pretrained(self._place, trust_remote_code=False)
         self._name = place
+        if self._tokenizer.vocab_size > self._vocabulary:
+            raise self._foreign(self._tokenizer.vocab_size)
         self._device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._batch_size = batch_size
         self._scores: dict[str, float] = {}
         self._cut: set[str] = set()
+        self._cut_replies: set[str] = set()
 
     @property
     def truncated(self) -> int:
         """Different replies that had to lose the beginning of their prompt to be scored."""
         return len(self._cut)
 
+    @property
+    def truncated_replies(self) -> int:
+        """Different replies that had to lose their whole prompt, and their own beginning."""
+        return len(self._cut_replies)
+
+    @property
+    def _vocabulary(self) -> int:
+        return int(self._config.get_text_config().vocab_size)
+
+    def check(self) -> None:
+        """See `Judge`: whether the weights are there and whole; they are not kept.
+
+        Raises:
+            UserError: they are not.
+        """
+        self._load(torch.device("meta"))
+
     def verdicts(
         self, questions: Sequence[Question], reporter: Reporter, stopping: Callable[[], bool] = lambda: False
-    ) -> list[Verdict | None]:
+    ) -> list[Verdict]:
         """See `Judge`; equal scores tie."""
         replies = [(each.prompt, text) for each in questions for text in (each.first, each.second)]
         scores = self.scores(replies, reporter, stopping)
@@ -79,7 +112,7 @@ class RewardModelJudge:
         """The score of each reply; a reply that was scored before keeps its score.
 
         Raises:
-            UserError: the model cannot be loaded, or its chat template refuses a reply.
+            UserError: the model cannot be loaded, its chat template refuses a reply, or it lacks a token of a reply.
             PrefoptError: a score is not finite.
             JudgingStopped: a signal came.
         """
@@ -97,13 +130,14 @@ class RewardModelJudge:
             "judge": f"reward-model:{self._name}",
             "scored": len(self._scores),
             "truncated": self.truncated,
+            "truncated_replies": self.truncated_replies,
             "max_length": self._limit(),
         }
 
     def _score(
         self, rows: Sequence[tuple[str, list[int]]], reporter: Reporter, stopping: Callable[[], bool]
     ) -> None:
-        model = self._load()
+        model = self._load(self._device)
         padding = _padding_id(self._config, self._tokenizer)
         if padding is not None:
             model.config.get_text_config().pad_token_id = padding  # where the last token is looked for
@@ -126,7 +160,7 @@ class RewardModelJudge:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _load(self) -> Any:
+    def _load(self, device: torch.device) -> Any:
         with _loading(self._name, "the model", local=self._local):
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 self._place,
@@ -134,36 +168,51 @@ class RewardModelJudge:
                 dtype="auto",
                 use_safetensors=True,
                 trust_remote_code=False,
+                device_map=device,
             )
         if missing := sorted(loaded["missing_keys"]):
             raise UserError(
                 f"{KEY}: {self._name} lacks weights ({', '.join(missing[:3])}), so its scores would be random. Name a "
                 "model that was trained as a reward model."
             )
-        return model.to(self._device).eval().requires_grad_(False)
+        return model.eval().requires_grad_(False)
+
+    def _foreign(self, token: int) -> UserError:
+        return UserError(
+            f"{KEY}: the tokenizer of {self._name} has more tokens than its model ({self._vocabulary:,}; it needs "
+            f"{token:,} or more), so it is another model's. Put the model's own tokenizer beside it."
+        )
 
     def _ids(self, key: str, prompt: Text, reply: str) -> list[int]:
-        """Tokens of prompt and reply; where they are too many, the prompt loses its beginning."""
-        tokenizer = self._tokenizer
-        if isinstance(prompt, str) or not tokenizer.chat_template:
-            text = prompt + reply if isinstance(prompt, str) else f"{plain_text(prompt)}\n\n{reply}"
-            ids = list(tokenizer(text, verbose=False)["input_ids"])
+        """Tokens of prompt and reply; where they are too many, the prompt loses its beginning, then the reply does."""
+        tokenizer, text = self._tokenizer, self._text(prompt, reply)
+        if self._goes_through_template(prompt):
+            ids = list(encode(tokenizer, [text])[0])
         else:
-            try:
-                text = render(
-                    tokenizer, [*prompt, {"role": "assistant", "content": reply}], generation_prompt=False
-                )
-            except jinja2.TemplateError as error:
-                raise UserError(
-                    f"{KEY}: the chat template of {self._name} refuses a prompt: {error}"
-                ) from error
-            ids = encode(tokenizer, [text])[0]
+            ids = list(tokenizer(text, verbose=False)["input_ids"])
+        if max(ids, default=0) >= self._vocabulary:
+            raise self._foreign(max(ids) + 1)
         limit = self._limit()
         if limit is None or len(ids) <= limit:
             return ids
-        self._cut.add(key)
         start = self._start(ids)
+        before = encode(tokenizer, [self._text(prompt, None)])[0]
+        is_reply_cut = len(ids) - limit > len(before) - self._start(before)
+        (self._cut_replies if is_reply_cut else self._cut).add(key)
         return [*ids[:start], *ids[start - limit :]]
+
+    def _goes_through_template(self, prompt: Text) -> bool:
+        return not isinstance(prompt, str) and bool(self._tokenizer.chat_template)
+
+    def _text(self, prompt: Text, reply: str | None) -> str:
+        """Of a prompt with a reply to it; without one, what stands before any reply."""
+        if isinstance(prompt, str) or not self._goes_through_template(prompt):
+            return (prompt if isinstance(prompt, str) else f"{plain_text(prompt)}\n\n") + (reply or "")
+        answer = [] if reply is None else [{"role": "assistant", "content": reply}]
+        try:
+            return render(self._tokenizer, [*prompt, *answer], generation_prompt=reply is None)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{KEY}: the chat template of {self._name} refuses a prompt: {error}") from error
 
     def _start(self, ids: list[int]) -> int:
         """How many tokens in front are the tokenizer's own, such as [CLS], and must stay."""
@@ -174,7 +223,10 @@ class RewardModelJudge:
     def _limit(self) -> int | None:
         """The most tokens that the model takes; None where it says nothing."""
         config = self._config.get_text_config()
-        limits = [self._tokenizer.model_max_length, getattr(config, "max_position_embeddings", None)]
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None and config.model_type in AFTER_PADDING:
+            positions -= (config.pad_token_id or 0) + 1
+        limits = [self._tokenizer.model_max_length, positions]
         return min((each for each in limits if each is not None and 0 < each < NO_LIMIT), default=None)
 
 

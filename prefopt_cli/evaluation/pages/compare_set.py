@@ -38,7 +38,7 @@ def compare_set(name: str, summary: Mapping[str, Any], compared: Policies, *, ke
     others = [policy for policy in policies if policy["sets"][name]["differences"]]
     size = f"{count(about['pairs'], 'pair')} of {count(about['prompts'], 'prompt')}."
     if about["left_out"]:
-        size += f" {count(about['left_out'], 'pair')} that not every run could score left out."
+        size += f" {count(about['left_out'], 'row')} that not every run could score left out."
     parts: list[Html] = [tag("p", size)]
     parts += [tag("div", *_plots(name, policies, others, about["main"], key), class_="plots")]
     if others:
@@ -71,6 +71,7 @@ def _differences(name: str, others: Policies, main: str, summary: Mapping[str, A
         "accuracy/main": f"accuracy by {SCORES[main]}, points",
         "accuracy/logp": "accuracy by log-probability, points",
         "margin/main": f"margin by {SCORES[main]}",
+        "margin/logp": "margin by log-probability, nats",
     }
     if any(policy["sets"][name].get("main", main) != main for policy in others):
         # What has no reward is compared by its log-probability.
@@ -90,7 +91,7 @@ def _differences(name: str, others: Policies, main: str, summary: Mapping[str, A
     head = ("run", f"difference, {100 * summary['level']:g}% interval", "p", "p, Holm")
     explained = (
         "Run - baseline, pair by pair. p: from a permutation test that turns the signs of whole prompts. Holm: "
-        "adjusted for all comparisons."
+        "adjusted for all runs and sets."
     )
     return joined([table(f"Differences on {name}", head, groups), tag("p", explained, class_="small")])
 

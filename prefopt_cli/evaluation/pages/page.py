@@ -140,4 +140,4 @@ def page(title: str, made: str, *content: str, script: bool = False) -> str:
 
 
 def _file(name: str) -> str:
-    return resources.files("prefopt_cli.evaluation").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("prefopt_cli.evaluation.pages").joinpath(name).read_text(encoding="utf-8")

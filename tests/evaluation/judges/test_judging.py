@@ -6,7 +6,15 @@ from typing import Any
 
 import pytest
 
-from prefopt_cli.evaluation.judges.judging import Outcome, Question, Ruling, Verdict, rule, tally
+from prefopt_cli.evaluation.judges.judging import (
+    NoVerdict,
+    Outcome,
+    Question,
+    Ruling,
+    Verdict,
+    rule,
+    tally,
+)
 from prefopt_cli.training.reporting import Silent
 
 FIRST, SECOND, TIE = Verdict.FIRST, Verdict.SECOND, Verdict.TIE
@@ -15,13 +23,16 @@ FIRST, SECOND, TIE = Verdict.FIRST, Verdict.SECOND, Verdict.TIE
 class By:
     """A judge by a function of the two replies."""
 
-    def __init__(self, decide: Callable[[str, str], Verdict | None]) -> None:
+    def __init__(self, decide: Callable[[str, str], Verdict | NoVerdict]) -> None:
         self.decide = decide
         self.asked: list[Question] = []
 
-    def verdicts(self, questions: Sequence[Question], *_: Any) -> list[Verdict | None]:
+    def verdicts(self, questions: Sequence[Question], *_: Any) -> list[Verdict | NoVerdict]:
         self.asked += questions
         return [self.decide(each.first, each.second) for each in questions]
+
+    def check(self) -> None:
+        pass
 
     def to_dict(self) -> dict[str, Any]:
         return {}
@@ -31,7 +42,7 @@ def longer(first: str, second: str) -> Verdict:
     return TIE if len(first) == len(second) else FIRST if len(first) > len(second) else SECOND
 
 
-def rulings(decide: Callable[[str, str], Verdict | None], *pairs: tuple[str, str]) -> list[Ruling]:
+def rulings(decide: Callable[[str, str], Verdict | NoVerdict], *pairs: tuple[str, str]) -> list[Ruling]:
     return rule(By(decide), [Question("?", *pair) for pair in pairs], Silent())
 
 
@@ -87,15 +98,15 @@ def test_identical_replies_tie_without_the_judge() -> None:
 
 
 def test_what_has_no_verdict_is_counted_and_is_in_no_win_rate() -> None:
-    def unsure(first: str, second: str) -> Verdict | None:
-        return None if "?" in first else longer(first, second)
+    def unsure(first: str, second: str) -> Verdict | NoVerdict:
+        return NoVerdict("too hard") if "?" in first else longer(first, second)
 
     found = tally(rulings(unsure, ("aa", "b"), ("aa", "?"), ("aa", "c")), [0, 1, 2])
 
     assert (found.won, found.no_verdict, found.pairs) == (2, 1, 3)
     assert found.win_rate is not None
     assert found.win_rate.value == 1.0
-    assert tally(rulings(lambda *_: None, ("a", "b")), [0]).win_rate is None
+    assert tally(rulings(lambda *_: NoVerdict(), ("a", "b")), [0]).win_rate is None
 
 
 def test_the_interval_is_of_prompts() -> None:
@@ -125,3 +136,35 @@ def test_nothing_judged_has_no_rate(found: Any) -> None:
     told = found.to_dict()
     assert told["win_rate"] is None
     assert not any(isinstance(each, float) and math.isnan(each) for each in told.values())
+
+
+def test_why_there_is_no_verdict_is_kept() -> None:
+    def unsure(first: str, second: str) -> Verdict | NoVerdict:
+        return NoVerdict("too hard") if first == "b" else FIRST
+
+    (found,) = rulings(unsure, ("a", "b"))
+    assert (found.outcome, found.own_first, found.own_second) == (Outcome.NO_VERDICT, FIRST, None)
+    assert found.to_dict()["reason"] == "too hard"
+
+
+def test_one_prompt_has_no_interval() -> None:
+    found = tally(rulings(longer, ("aa", "b"), ("a", "bb"), ("aa", "b")), [0, 0, 0])
+    rate = found.to_dict()["win_rate"]
+    assert rate == {"value": pytest.approx(2 / 3), "low": None, "high": None}
+    two = tally(rulings(longer, ("aa", "b"), ("a", "bb")), [0, 1]).to_dict()["win_rate"]
+    assert two["low"] < 0.5 < two["high"]
+
+
+def test_identical_replies_alone_have_no_interval_and_do_not_stand_in_for_verdicts() -> None:
+    same = tally(rulings(longer, ("a", "a"), ("b", "b")), [0, 1])
+    assert same.to_dict()["win_rate"] == {"value": 0.5, "low": None, "high": None}
+    assert not same.failed
+    failing = tally(rulings(lambda *_: NoVerdict(), ("a", "a"), ("a", "b")), [0, 1])
+    assert failing.win_rate is None
+    assert failing.failed
+
+
+def test_a_judge_of_single_replies_has_no_bias_to_positions() -> None:
+    found = rulings(longer, ("aa", "b"))
+    assert "first_position" in tally(found, [0]).to_dict()
+    assert "first_position" not in tally(found, [0], sees_order=False).to_dict()

@@ -19,14 +19,16 @@ PLAIN = [("tea?", " With pleasure: tea."), ("tea?", " No."), ("What about the ma
 CHAT = [{"role": "user", "content": "tea?"}]
 
 
-def build_reward_model(folder: Path, *, labels: int = 1, context: int = 128) -> Path:
+def build_reward_model(
+    folder: Path, *, labels: int = 1, context: int = 128, vocabulary: int | None = None
+) -> Path:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     tokenizer = build_tokenizer()
     tokenizer.model_max_length = context
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary or len(tokenizer),
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,
@@ -111,6 +113,70 @@ def test_long_prompts_lose_their_beginning_but_not_the_bos(place: Path) -> None:
     assert judge.to_dict()["scored"] == 4
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_long_replies_lose_their_beginning_too_and_are_counted_apart(place: Path, chat: bool) -> None:
+    judge = RewardModelJudge(str(place))
+    prompt, long = CHAT if chat else "tea?", "tea and maps " * 100
+    judge.scores([(prompt, long)], Silent())
+    assert (judge.truncated, judge.truncated_replies) == (0, 1)
+    prompt = [{"role": "user", "content": long}] if chat else long
+    judge.scores([(prompt, " With pleasure.")], Silent())
+    told = judge.to_dict()
+    assert (told["truncated"], told["truncated_replies"]) == (1, 1)
+
+
+def test_positions_that_begin_after_the_padding_token_are_fewer(tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer = build_tokenizer()
+    tokenizer.model_max_length = 10**30
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=40,
+        pad_token_id=tokenizer.pad_token_id,
+        num_labels=1,
+    )
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judge = RewardModelJudge(str(tmp_path))
+
+    assert judge.to_dict()["max_length"] == 40 - tokenizer.pad_token_id - 1
+    assert len(judge.scores([("tea and maps " * 100, " With pleasure."), *PLAIN], Silent())) == 4
+
+
+def test_another_models_tokenizer_is_refused(tmp_path: Path) -> None:
+    place = build_reward_model(tmp_path / "small", vocabulary=100)
+    with pytest.raises(UserError, match=r"has more tokens than its model \(100;"):
+        RewardModelJudge(str(place))
+
+
+def test_a_token_that_was_added_and_that_the_model_lacks_is_refused(tmp_path: Path) -> None:
+    place = build_reward_model(tmp_path / "added")
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(place)
+    judge = RewardModelJudge(str(place))
+    assert judge.scores(PLAIN, Silent())
+    with pytest.raises(UserError, match="has more tokens than its model"):
+        judge.scores([("tea?", "<more>")], Silent())
+
+
+def test_weights_are_looked_at_before_there_is_anything_to_score(place: Path, tmp_path: Path) -> None:
+    RewardModelJudge(str(place)).check()
+    folder = shutil.copytree(place, tmp_path / "cut")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="damaged or cut off"):
+        RewardModelJudge(str(folder)).check()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights|safetensors"):
+        RewardModelJudge(str(folder)).check()
+
+
 def test_verdicts_follow_from_the_scores_and_the_order(place: Path) -> None:
     judge = RewardModelJudge(str(place))
     (prompt, kind), (_, rude) = PLAIN[:2]
@@ -134,6 +200,8 @@ def test_a_language_model_without_a_head_is_refused(tiny_world: Path, tmp_path: 
     with pytest.raises(UserError, match="has 2 labels"):
         RewardModelJudge(str(folder))
     edit(folder, "config.json", num_labels=1, id2label={"0": "A"}, label2id={"A": 0})
+    with pytest.raises(UserError, match=r"lacks weights \(score.weight\)"):
+        RewardModelJudge(str(folder)).check()
     with pytest.raises(UserError, match=r"lacks weights \(score.weight\)"):
         RewardModelJudge(str(folder)).scores(PLAIN, Silent())
 

@@ -76,7 +76,7 @@ def padded(
     """Seconds, log-probabilities (nats) and tokens with padding of plain transformers, loading included."""
     start = time.perf_counter()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    prompts, responses = rows["prompt_ids"], rows["response_ids"]
+    prompts, responses = rows["prompt_ids"][:], rows["response_ids"][:]
     order = list(range(len(rows)))
     if by_length:
         order.sort(key=lambda row: len(prompts[row]) + max(map(len, responses[row])))
@@ -193,7 +193,7 @@ def main() -> None:
         "summary": {name: whole["summary"][name] for name in ("sets", "scores")},
         "tokens": sum(
             len(prompt) + sum(map(len, listed))
-            for prompt, listed in zip(rows["prompt_ids"], rows["response_ids"], strict=True)
+            for prompt, listed in zip(rows["prompt_ids"][:], rows["response_ids"][:], strict=True)
         ),
         "largest": float((own - plain).abs().max()),
         "same": int((won[0] == won[1]).sum()),

@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefopt_cli.cli.evaluation_report import SCORES, print_findings, text
-from prefopt_cli.cli.tables import Column, print_line, print_table
+from prefopt_cli.cli.evaluation_report import SCORES, print_findings
+from prefopt_cli.cli.tables import Column, print_line, print_table, text
 
 if TYPE_CHECKING:
     from rich.console import Console

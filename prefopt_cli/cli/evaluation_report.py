@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefopt_cli.cli.tables import Column, print_hanging, print_line, print_table
+from prefopt_cli.cli.tables import Column, print_hanging, print_line, print_table, text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from prefopt_cli.evaluation.evaluate import Evaluation
     from prefopt_cli.evaluation.figures import SetFigures
     from prefopt_cli.evaluation.findings import Finding
-    from prefopt_cli.evaluation.statistics import Estimate
 
 SCORES = {
     "reward": "reward",
@@ -140,13 +139,3 @@ def _cell(figures: "SetFigures", name: str, percent: bool) -> str:
     if name == "baseline/length_only":
         return f"({'longer' if figures.longer else 'shorter'}) {shown}"
     return shown
-
-
-def text(estimate: "Estimate", *, percent: bool = False, signed: bool = False) -> str:
-    """`1.23 [1.10, 1.36]`."""
-    small = 0 < max(map(abs, estimate)) < 0.1
-    scale, digits = (100, 1) if percent else (1, 4 if small else 2)
-    # Adding zero makes a zero of one that was rounded from below.
-    value, low, high = (round(scale * part, digits) + 0.0 for part in estimate)
-    plus = "+" if signed and value else ""
-    return f"{value:{plus}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -15,13 +15,12 @@ from prefopt_cli.cli.common import (
     scoring,
     standard_output,
 )
-from prefopt_cli.cli.tables import Column, print_line, print_table
+from prefopt_cli.cli.tables import Column, print_line, print_table, text
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from prefopt_cli.evaluation.retention_table import Retention
-    from prefopt_cli.evaluation.statistics import Estimate
 
 EPILOG = "Example: prefopt retention runs/harmless --json"
 
@@ -99,7 +98,7 @@ def print_retention(retention: "Retention", console: "Console") -> None:
         columns = []
         for each in retention.sets:
             cells = [
-                _text(getattr(retention.cells[stage.name, each], measure), percent=measure != "margin")
+                text(getattr(retention.cells[stage.name, each], measure), percent=measure != "margin")
                 + (f" {TRAINED}" if stage.dimension == each else "  ")
                 for _, stage in shown
             ]
@@ -122,9 +121,9 @@ def _print_changes(retention: "Retention", console: "Console") -> None:
             Column("since", [each.since for each in changes.values()]),
             Column(
                 "change of\naccuracy, points",
-                [_text(each.accuracy, percent=True, signed=True) for each in changes.values()],
+                [text(each.accuracy, percent=True, signed=True) for each in changes.values()],
             ),
-            Column("change of\nmargin, nats", [_text(each.margin, signed=True) for each in changes.values()]),
+            Column("change of\nmargin, nats", [text(each.margin, signed=True) for each in changes.values()]),
         ],
     )
     print_line(console)
@@ -147,13 +146,3 @@ def _notes(retention: "Retention") -> list[str]:
     if untold:
         notes.append(f"No held-out set is named after {', '.join(dict.fromkeys(untold))}.")
     return notes
-
-
-def _text(estimate: "Estimate", *, percent: bool = False, signed: bool = False) -> str:
-    """`1.23 [1.10, 1.36]`."""
-    small = 0 < max(map(abs, estimate)) < 0.1
-    scale, digits = (100, 1) if percent else (1, 4 if small else 2)
-    # Adding zero makes a zero of one that was rounded from below.
-    value, low, high = (round(scale * part, digits) + 0.0 for part in estimate)
-    plus = "+" if signed and value else ""
-    return f"{value:{plus}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

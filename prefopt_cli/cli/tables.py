@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from prefopt_cli.evaluation.statistics import Estimate
+
 GAP = "  "
 
 
@@ -92,3 +94,13 @@ def _lines(first: Column, others: Sequence[Column], rule: str) -> Iterator[tuple
     yield -1, rule * (first.width + sum(len(GAP) + column.width for column in others))
     for row, cells in enumerate(zip(*(column.cells for column in columns), strict=True)):
         yield row, line(cells)
+
+
+def text(estimate: "Estimate", *, percent: bool = False, signed: bool = False) -> str:
+    """An estimate with its interval, `1.23 [1.10, 1.36]`; as a share in percent, a difference with its sign."""
+    small = 0 < max(map(abs, estimate)) < 0.1
+    scale, digits = (100, 1) if percent else (1, 4 if small else 2)
+    # Adding zero makes a zero of one that was rounded from below.
+    value, low, high = (round(scale * part, digits) + 0.0 for part in estimate)
+    plus = "+" if signed and value else ""
+    return f"{value:{plus}.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"

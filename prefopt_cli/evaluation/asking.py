@@ -258,7 +258,7 @@ def _of_source(source: Source, reporter: Reporter) -> Iterable[Text]:
 def _lines(path: Path) -> list[str]:
     try:
         # Other signs that end a line for Python, such as U+2028, may stand within a prompt.
-        lines = [line.removesuffix("\r") for line in path.read_text(encoding="utf-8-sig").split("\n")]
+        lines = [line.removesuffix("\r") for line in path.read_bytes().decode("utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts: {path} cannot be read: {error}") from error
     filled = [line for line in lines if line.strip()]

@@ -142,7 +142,7 @@ def _context(target: Target) -> int | None:
 
 def _prompts(sets: Sequence[HeldOutSet], settings: KLSettings, context: int | None) -> list[list[int]]:
     """Different prompts that leave room for a sample: the same for every policy of the same tokenizer."""
-    different = dict.fromkeys(tuple(ids) for each in sets for ids in each.tokens["prompt_ids"])
+    different = dict.fromkeys(tuple(ids) for each in sets for ids in each.tokens["prompt_ids"][:])
     fitting = [
         list(ids)
         for ids in different

@@ -49,7 +49,7 @@ class HeldOutSet:
     @property
     def ids(self) -> list[str]:
         """Row ids, in order."""
-        return list(self.tokens["row_id"])
+        return list(self.tokens["row_id"][:])
 
     def prompt_keys(self) -> list[bytes]:
         """For every row a digest of its prompt's words."""
@@ -169,7 +169,7 @@ def _hint(target: Target, settings: DatasetSettings) -> str:
 def prompt_numbers(rows: Dataset) -> np.ndarray:
     """(N,) for every row the number of its prompt, the same where the prompts are."""
     numbers: dict[tuple[int, ...], int] = {}
-    return np.array([numbers.setdefault(tuple(ids), len(numbers)) for ids in rows["prompt_ids"]])
+    return np.array([numbers.setdefault(tuple(ids), len(numbers)) for ids in rows["prompt_ids"][:]])
 
 
 def room(config: Any, usual: int | None) -> int | None:

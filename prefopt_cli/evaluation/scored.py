@@ -110,7 +110,7 @@ class ScoredSet:
         """
         digests = [
             hashlib.blake2b(np.asarray(ids, dtype=np.int32).tobytes(), digest_size=8).digest()
-            for listed in self.held_out.tokens["response_ids"]
+            for listed in self.held_out.tokens["response_ids"][:]
             for ids in listed
         ]
         return np.array([digests[a] < digests[b] for a, b in zip(self.chosen, self.rejected, strict=True)])
@@ -178,9 +178,9 @@ def scored_set(
         held_out=held_out,
         logps=_flat(logps),
         reference=None if reference is None else _flat(reference),
-        tokens=np.array([len(ids) for listed in rows["response_ids"] for ids in listed]),
-        rows=np.repeat(np.arange(len(rows)), [len(each) for each in rows["ranks"]]),
-        ranks=_flat(rows["ranks"]).astype(int),
+        tokens=np.array([len(ids) for listed in rows["response_ids"][:] for ids in listed]),
+        rows=np.repeat(np.arange(len(rows)), [len(each) for each in rows["ranks"][:]]),
+        ranks=_flat(rows["ranks"][:]).astype(int),
         prompts=np.array([keys.setdefault(key, len(keys)) for key in held_out.prompt_keys()]),
         reward=reward,
     )

@@ -17,7 +17,6 @@ from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.evaluation.judges.cache import VerdictCache
 from prefopt_cli.evaluation.judges.judging import (
     JudgingStopped,
-    NoVerdict,
     Outcome,
     Question,
     Verdict,

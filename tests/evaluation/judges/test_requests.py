@@ -88,7 +88,7 @@ def test_the_goal_of_a_redirect_is_told_without_the_key(server: Server, tmp_path
 
 def test_words_of_a_server_do_not_steer_the_terminal(server: Server, tmp_path: Path) -> None:  # noqa: F811
     server.usual = status(403, "red \x1b[31m bell \x07")
-    with pytest.raises(UserError, match="red .* bell") as raised:
+    with pytest.raises(UserError, match=r"red .* bell") as raised:
         judge(server, tmp_path, ONE_TRY).check()
     assert "\x1b" not in str(raised.value)
     assert "\x07" not in str(raised.value)

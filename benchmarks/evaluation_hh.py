@@ -21,6 +21,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # as the command line sets it
 
 import torch
 from datasets import Dataset

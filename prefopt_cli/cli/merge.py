@@ -19,7 +19,7 @@ from prefopt_cli.errors import UserError
 if TYPE_CHECKING:
     from prefopt_cli.evaluation.merge_check import Merged
 
-EPILOG = "Example: prefopt merge runs/harmless exports/harmless --dtype bfloat16 --tolerance 5"
+EPILOG = "Example: prefopt merge runs/harmless merged --dtype bfloat16 --tolerance 5"
 
 
 def merge(

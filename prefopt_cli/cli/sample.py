@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from prefopt_cli.evaluation.side_by_side import Samples
     from prefopt_cli.training.reporting import Reporter
 
-EPILOG = "Example: prefopt sample runs/gpo-hh --against reference --judge reward-model:PATH"
+EPILOG = "Example: prefopt sample runs/gpo-hh --against reference --per-prompt 2"
 
 
 def sample(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import nn
 
 from prefopt_cli.evaluation.held_out import HeldOutSet
 from prefopt_cli.evaluation.statistics import Estimate, mean_with_interval
@@ -91,33 +93,21 @@ def kl_to_reference(
     padding = padding_id(tokenizer, config)
     run = target.run or RunFolder(Path(target.recipe.output_dir))
     args = training_arguments(target.recipe, run, evaluates=False)
-    starts = range(0, len(prompts), BATCH)
-    state = PartialState()  # each process writes a share
-    own_share = starts[state.process_index :: state.num_processes]
-    written: dict[int, list[list[int]]] = {}
+
+    def respond(model: nn.Module, start: int) -> list[list[int]]:
+        return sample_responses(
+            model,
+            prompts[start : start + BATCH],
+            max_new_tokens=settings.max_new_tokens,
+            stop_ids=sets[0].stop_ids,
+            padding_id=padding,
+            seed=settings.seed + start,
+            autocast=precision(args),
+        )
+
     with loaded(target.source, target.recipe, args) as model:
-        for done, start in enumerate(own_share):
-            reporter.progress("sampling for the KL", done, len(own_share))
-            if stopping():
-                raise ScoringStopped
-            written[start] = sample_responses(
-                model,
-                prompts[start : start + BATCH],
-                max_new_tokens=settings.max_new_tokens,
-                stop_ids=sets[0].stop_ids,
-                padding_id=padding,
-                seed=settings.seed + start,
-                autocast=precision(args),
-            )
-        reporter.progress("sampling for the KL", len(own_share), len(own_share))
-    try:
-        parts = gather_object([written])
-    except RuntimeError as error:
-        if stopping():  # another process has left first, while this one waited for it
-            raise ScoringStopped from error
-        raise
-    together = {start: made for part in parts for start, made in part.items()}
-    samples = [sample for start in starts for sample in together[start]]
+        samples = _shared_out(len(prompts), partial(respond, model), reporter, stopping)
+    del model  # scoring needs the room
     rows = {"samples": _as_rows(prompts, samples)}
     own, its = (
         score_policy(
@@ -133,6 +123,37 @@ def kl_to_reference(
         for source in (target.source, target.reference)
     )
     return Divergence(mean_with_interval((np.array(own) - np.array(its)).ravel()), len(prompts))
+
+
+def _shared_out(
+    prompts: int,
+    respond: Callable[[int], list[list[int]]],
+    reporter: Reporter,
+    stopping: Callable[[], bool],
+) -> list[list[int]]:
+    """A sample for every prompt, in order; each process writes a share of the batches, and all get all.
+
+    Raises:
+        ScoringStopped: a signal came.
+    """
+    starts = range(0, prompts, BATCH)
+    state = PartialState()
+    own_share = starts[state.process_index :: state.num_processes]
+    written: dict[int, list[list[int]]] = {}
+    for done, start in enumerate(own_share):
+        reporter.progress("sampling for the KL", done, len(own_share))
+        if stopping():
+            raise ScoringStopped
+        written[start] = respond(start)
+    reporter.progress("sampling for the KL", len(own_share), len(own_share))
+    try:
+        parts = gather_object([written])
+    except RuntimeError as error:
+        if stopping():  # another process has left first, while this one waited for it
+            raise ScoringStopped from error
+        raise
+    together = {start: made for part in parts for start, made in part.items()}
+    return [sample for start in starts for sample in together[start]]
 
 
 def _context(target: Target) -> int | None:

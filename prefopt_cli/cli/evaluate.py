@@ -144,7 +144,7 @@ def evaluate(
         found = find_target(
             target, work.reporter, runs, reference=reference, beta=beta, overrides=overrides or ()
         )
-        asked = Asked(data or [], dimension or [], reference, beta, overrides or [])
+        asked = Asked(data or [], split, dimension or [], reference, beta, overrides or [])
         folder = _folder(found, name, output, asked)
         require_writable(folder, key="--output" if output else "RUN_OR_MODEL: the folder")
         settings = chosen_sets(found.recipe.dataset, data or [], split=split, dimensions=dimension or [])
@@ -176,6 +176,7 @@ class Asked(NamedTuple):
     """What makes one evaluation of a policy another than the next."""
 
     data: list[str]
+    split: str | None
     dimension: list[str]
     reference: str | None
     beta: float | None
@@ -187,6 +188,7 @@ class Asked(NamedTuple):
         from prefopt_cli.evaluation.held_out import set_name
 
         parts = ["-".join(map(set_name, self.data)) or HELD_OUT, *self.dimension]
+        parts += [self.split] if self.split else []
         parts += [f"from-{Path(self.reference).name}"] if self.reference else []
         parts += [f"beta-{self.beta:g}"] if self.beta else []
         if self.overrides:

@@ -328,6 +328,7 @@ def test_every_evaluation_has_a_folder_of_its_own(
         ("--data", str(data)),
         ("--data", str(data), "--data", f"{tiny_world}/heldout.jsonl"),
         ("--data", f"compare={data}"),
+        ("--data", str(data), "--split", "train[:50%]"),
     ]
     folders = []
     for arguments in asked:
@@ -337,7 +338,7 @@ def test_every_evaluation_has_a_folder_of_its_own(
     assert len(set(folders)) == len(asked)
     names = [Path(folder).name for folder in folders]
     assert names[:4] == ["heldout", "heldout-beta-0.5", "heldout-from-none", "heldout-heldout"]
-    assert names[5:] == ["more", "more-heldout", "compare-data"]
+    assert names[5:] == ["more", "more-heldout", "compare-data", "more-train-50"]
     refused = prefopt("eval", str(trained), "--name", "compare")
     assert refused.code == 2
     assert "eval/compare is where `prefopt compare` writes" in refused.err

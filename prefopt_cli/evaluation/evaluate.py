@@ -12,7 +12,7 @@ from prefopt_cli.errors import PrefoptError
 from prefopt_cli.evaluation.figures import SetFigures, figures_of
 from prefopt_cli.evaluation.findings import Finding
 from prefopt_cli.evaluation.held_out import HeldOutSet
-from prefopt_cli.evaluation.overlap import Trained
+from prefopt_cli.evaluation.overlap import Trained, changed_since
 from prefopt_cli.evaluation.pages.plots import PlotData
 from prefopt_cli.evaluation.pages.report import report_page
 from prefopt_cli.evaluation.scored import ScoredSet, scored_set
@@ -131,8 +131,9 @@ def evaluate(
     found: dict[str, SetFigures] = {}
     for done, (name, held_out) in enumerate(sets.items()):
         reporter.progress("working out the figures", done, len(sets))
+        notes = (*changed_since(target.run, held_out), *trained.notes)
         scored = scored_set(held_out, own.logps[name], its.logps[name] if its else None, target.reward)
-        found[name] = figures_of(scored, trained.keys, trained.notes, seed=seed)
+        found[name] = figures_of(scored, trained.keys, notes, seed=seed)
     reporter.progress("working out the figures", len(sets), len(sets))
     return Evaluation(
         target,

@@ -45,6 +45,8 @@ class HeldOutSet:
     """Rows that were read and are not here, by reason."""
     stop_ids: tuple[int, ...]
     """Tokens that end a response."""
+    read: tuple[tuple[str, int], ...] = ()
+    """Sources, and how many rows each of them has."""
 
     @property
     def ids(self) -> list[str]:
@@ -148,6 +150,7 @@ def held_out_sets(target: Target, settings: DatasetSettings, reporter: Reporter)
             tokens.fingerprints[name],
             tokens.receipt.sets[name].dropped(),
             tokens.stop_ids,
+            tuple((each.source, each.read) for each in tokens.receipt.sets[name].sources),
         )
         for name, rows in tokens.eval.items()
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from prefopt_cli import data
 from prefopt_cli.errors import UserError
-from prefopt_cli.evaluation.held_out import prompt_key
+from prefopt_cli.evaluation.held_out import HeldOutSet, prompt_key
 from prefopt_cli.models.ancestry import line_of
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.recipe.schema import DatasetSettings
@@ -65,21 +65,36 @@ class TrainingPrompts:
         return known[1]
 
 
+def changed_since(run: RunFolder | None, held_out: HeldOutSet) -> tuple[str, ...]:
+    """A note where a held-out set of the run's own is not what it was: a relative path may be of another file now."""
+    then = _rows_then(run, held_out.name) if run else None
+    now = list(held_out.read)
+    if then is None or then == now or [name for name, _ in then] != [name for name, _ in now]:
+        return ()
+    return (
+        f"The held-out set {held_out.name} has {_rows(now)} rows now and had {_rows(then)} when the run was trained: "
+        "its file has changed, or is another of the same name.",
+    )
+
+
 def _require_same_rows(run: RunFolder, rows: list[tuple[str, int]]) -> None:
     """Refuse data with another number of rows than the run has read.
 
     Raises:
         UserError: how many there were, and are.
     """
-    receipt: Mapping[str, Any] = run.read_manifest().get("receipt") or {}
-    recorded = receipt.get("sets", {}).get("train", {}).get("sources")
-    if recorded is None:
-        return
-    then = [(each["source"], each["read"]) for each in recorded]
-    if then != rows:
+    then = _rows_then(run, "train")
+    if then is not None and then != rows:
         raise UserError(
             f"the training data of {run.path} has changed since ({_rows(rows)} rows now, {_rows(then)} then)"
         )
+
+
+def _rows_then(run: RunFolder, name: str) -> list[tuple[str, int]] | None:
+    """Sources of a set and the rows that training read from them; None where that was not written down."""
+    receipt: Mapping[str, Any] = run.read_manifest().get("receipt") or {}
+    recorded = receipt.get("sets", {}).get(name, {}).get("sources")
+    return None if recorded is None else [(each["source"], each["read"]) for each in recorded]
 
 
 def _rows(sources: list[tuple[str, int]]) -> str:

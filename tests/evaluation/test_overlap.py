@@ -89,3 +89,16 @@ def test_what_was_held_out_from_training_is_no_overlap(run: Run, tmp_path: Path)
     (found,) = evaluation(path, known=known).to_dict()["sets"].values()
     assert found["train_overlap"] == {"prompts": 0, "pairs": 0}
     assert len(known) + found["prompts"] == 20
+
+
+def test_a_held_out_set_that_is_another_one_now(run: Run, tmp_path: Path) -> None:  # noqa: F811
+    """Told where the run's own set has another number of rows; other data has nothing to be compared with."""
+    own = tmp_path / "own.jsonl"
+    write_pairs(own, pairs(6, seed=21))
+    path = run("own", SHORT, f"dataset.eval={{own: {own}}}").run.path
+    assert evaluation(path).sets["own"].notes == ()
+    write_pairs(own, pairs(9, seed=22))
+    (note,) = evaluation(path).sets["own"].notes
+    assert note.startswith("The held-out set own has 9 rows now and had 6 when the run was trained")
+    write_pairs(tmp_path / "more.jsonl", pairs(9, seed=22))
+    assert evaluation(path, f"own={tmp_path}/more.jsonl").sets["own"].notes == ()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.recipe.launch_checks import LAUNCH_CHECKS
 from prefopt_cli.recipe.method_checks import METHOD_CHECKS, known_levels
 from prefopt_cli.recipe.problems import Path, Problem, shown
 from prefopt_cli.recipe.schemes import find_scheme
@@ -212,6 +213,7 @@ CHECKS: tuple[Check, ...] = (
     _prefetch_needs_workers,
     _optimizer_of_the_head,
     *METHOD_CHECKS,
+    *LAUNCH_CHECKS,
     _model_of_a_scheme,
     _data_of_a_scheme,
 )

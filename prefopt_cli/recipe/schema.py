@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
 
 from prefopt_cli.recipe.data_settings import DatasetSettings, Source
+from prefopt_cli.recipe.launch_settings import LaunchSettings
 from prefopt_cli.recipe.methods import (
     ALIGNMENTS,
     DIMENSION,
@@ -30,6 +31,7 @@ from prefopt_cli.recipe.methods import (
     Weighting,
     place_of_alignment,
 )
+from prefopt_cli.recipe.quantization_settings import Quantization, QuantizationSettings
 from prefopt_cli.recipe.section import Scalar, Section
 from prefopt_cli.recipe.training_settings import check_training
 
@@ -47,6 +49,7 @@ __all__ = [
     "Method",
     "ModelSettings",
     "PairSettings",
+    "QuantizationSettings",
     "Recipe",
     "Regularizer",
     "Scalar",
@@ -125,20 +128,14 @@ Adapter = Annotated[
 ]
 
 
-class LaunchSettings(Section):
-    """How the run is started."""
-
-    processes: Literal[1] = Field(
-        default=1, description="Number of processes; more come from torchrun or accelerate."
-    )
-
-
 class Recipe(Section):
     """One training run."""
 
     model: ModelSettings
     adapter: Adapter = Field(default="none", description="none trains all weights, {type: lora} an adapter.")
-    quantization: Literal["none"] = Field(default="none", description="none: the weights as they are.")
+    quantization: Quantization = Field(
+        default="none", description="none: the weights as they are; {bits: 4} or {bits: 8} under an adapter."
+    )
     dataset: DatasetSettings
     method: AnyMethod = Field(description="What to optimise; `name` picks the method.")
     training: Annotated[dict[str, Any], AfterValidator(check_training)] = Field(

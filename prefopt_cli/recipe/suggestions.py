@@ -13,6 +13,7 @@ from prefopt_cli.recipe.schema import (
     LaunchSettings,
     LoraAdapter,
     ModelSettings,
+    QuantizationSettings,
     Recipe,
     Regularizer,
     Section,
@@ -34,8 +35,15 @@ ALIASES = {
     "alpha": "adapter.lora_alpha",
     "dropout": "adapter.lora_dropout",
     "lora_target_modules": "adapter.target_modules",
-    "load_in_4bit": "quantization",
-    "load_in_8bit": "quantization",
+    "load_in_4bit": "quantization.bits",
+    "load_in_8bit": "quantization.bits",
+    "bnb_4bit_quant_type": "quantization.quant_type",
+    "bnb_4bit_use_double_quant": "quantization.double_quant",
+    "bnb_4bit_compute_dtype": "quantization.compute_dtype",
+    "bnb_4bit_quant_storage": "quantization.storage_dtype",
+    "llm_int8_threshold": "quantization.threshold",
+    "llm_int8_skip_modules": "quantization.skip_modules",
+    "quantization_bit": "quantization.bits",
     "data": "dataset",
     "datasets": "dataset",
     "dataset_name": "dataset.train",
@@ -63,6 +71,14 @@ ALIASES = {
     "evaluation_strategy": "training.eval_strategy",
     "no_cuda": "training.use_cpu",
     "num_processes": "launch.processes",
+    "nproc_per_node": "launch.processes",
+    "num_machines": "launch.machines",
+    "nnodes": "launch.machines",
+    "node_rank": "launch.machine_rank",
+    "main_process_ip": "launch.rendezvous",
+    "rdzv_endpoint": "launch.rendezvous",
+    "deepspeed": "launch.engine",
+    "fsdp": "launch.engine",
 }
 """Names that other tools and older versions use, and the key that does it here."""
 
@@ -114,6 +130,7 @@ def _owners(named: Named) -> dict[str, list[str]]:
         "dataset.train.0": Source.model_fields,
         "method": _keys(named.method, METHODS),
         "training": allowed_fields(),
+        "quantization": QuantizationSettings.model_fields,
         "launch": LaunchSettings.model_fields,
     }
     if named.method == "self_supervised":

@@ -1,0 +1,90 @@
+"""Combinations in the ``launch`` and ``quantization`` sections that cannot work."""
+
+from collections.abc import Iterator
+
+from typing import Any
+
+from prefopt_cli.recipe.launch_settings import LaunchSettings
+from prefopt_cli.recipe.problems import Problem
+from prefopt_cli.recipe.quantization_settings import QuantizationSettings
+from prefopt_cli.recipe.section import Section
+from prefopt_cli.recipe.values import Check, Settings
+
+OF_ENGINES = {
+    "zero_stage": ("deepspeed",),
+    "reshard_after_forward": ("fsdp",),
+    "cpu_offload": ("fsdp", "deepspeed"),
+}
+"""Keys of ``launch`` that only some engines have."""
+
+OF_BITS = {
+    "quant_type": 4,
+    "double_quant": 4,
+    "compute_dtype": 4,
+    "storage_dtype": 4,
+    "threshold": 8,
+}
+"""Keys of ``quantization`` that only one number of bits has."""
+
+
+def _engine(settings: Settings) -> str:
+    return str(settings.get("launch", "engine") or "ddp")
+
+
+def _differs(value: Any, section: type[Section], key: str) -> bool:
+    """Whether a value says anything: a resolved recipe, as run folders hold it, spells all defaults out."""
+    return value is not None and value != section.model_fields[key].default
+
+
+def _keys_of_the_engine(settings: Settings) -> Iterator[Problem]:
+    if settings.mistaken("launch", "engine"):
+        return
+    for key, engines in OF_ENGINES.items():
+        value = settings.get("launch", key)
+        if _differs(value, LaunchSettings, key) and _engine(settings) not in engines:
+            yield Problem(
+                ("launch", key),
+                f"is for engine: {' or '.join(engines)}, and the engine is {_engine(settings)}; leave it out",
+            )
+
+
+def _machines_meet(settings: Settings) -> Iterator[Problem]:
+    machines = settings.get("launch", "machines") or 1
+    rank = settings.get("launch", "machine_rank") or 0
+    if any(settings.mistaken("launch", key) for key in ("machines", "machine_rank", "rendezvous")):
+        return
+    if rank >= machines:
+        yield Problem(
+            ("launch", "machine_rank"),
+            f"expected less than launch.machines ({machines}), as ranks begin at 0, found {rank}",
+        )
+    if machines > 1 and settings.get("launch", "rendezvous") is None:
+        yield Problem(
+            ("launch", "machines"),
+            "several machines must know where to meet; add rendezvous: HOST:PORT of machine 0",
+        )
+
+
+def _bits_need_an_adapter(settings: Settings) -> Iterator[Problem]:
+    quantised = isinstance(settings.get("quantization"), dict)
+    if quantised and settings.get("adapter") in (None, "none") and not settings.mistaken("adapter"):
+        yield Problem(
+            ("quantization",),
+            "quantised weights cannot be trained, only an adapter on them; add adapter: {type: lora, r: 16}",
+        )
+
+
+def _keys_of_the_bits(settings: Settings) -> Iterator[Problem]:
+    bits = settings.get("quantization", "bits")
+    for key, wanted in OF_BITS.items():
+        value = settings.get("quantization", key)
+        if bits is not None and bits != wanted and _differs(value, QuantizationSettings, key):
+            yield Problem(("quantization", key), f"is for bits: {wanted}; leave it out")
+
+
+LAUNCH_CHECKS: tuple[Check, ...] = (
+    _keys_of_the_engine,
+    _machines_meet,
+    _bits_need_an_adapter,
+    _keys_of_the_bits,
+)

@@ -7,7 +7,13 @@ from typing import Any
 from prefopt_cli.chain.merging import Merged
 from prefopt_cli.chain.settings import BASE, PLAN_FILE, RESOLVED_FILE, RETENTION_FILES
 from prefopt_cli.recipe.problems import Problem, join_names, shown
-from prefopt_cli.recipe.schema import DIMENSION, LoraAdapter, Recipe, SequentialSettings
+from prefopt_cli.recipe.schema import (
+    DIMENSION,
+    LoraAdapter,
+    QuantizationSettings,
+    Recipe,
+    SequentialSettings,
+)
 from prefopt_cli.recipe.schemes import has_scheme
 from prefopt_cli.recipe.suggestions import nearest
 
@@ -194,6 +200,7 @@ def start_problems(data: Mapping[str, Any]) -> Iterator[Problem]:
 def adapter_problems(before: Recipe, after: Recipe) -> Iterator[Problem]:
     """Adapters that do not go together; paths are those of the later stage's data."""
     settings, earlier, own = after.method.alignment, before.adapter, after.adapter
+    yield from _quantised_in_another_way(before, after)
     if not (
         isinstance(settings, SequentialSettings)
         and isinstance(earlier, LoraAdapter)
@@ -211,6 +218,29 @@ def adapter_problems(before: Recipe, after: Recipe) -> Iterator[Problem]:
                 f"{shown(value)}, but the stage before has {shown(made[key])} and its adapter is trained on; use that, "
                 "or method.adapter_per_stage: new",
             )
+
+
+def _quantised_in_another_way(before: Recipe, after: Recipe) -> Iterator[Problem]:
+    """An adapter stays on the weights that it was trained on, quantised or not, from one stage to the next."""
+    if before.adapter == "none":
+        return
+    earlier, own = (
+        each if isinstance(each, QuantizationSettings) else None
+        for each in (before.quantization, after.quantization)
+    )
+    if earlier and after.adapter == "none":
+        yield Problem(
+            ("adapter",),
+            "none, but the stage before trains an adapter on quantised weights, which cannot be trained themselves; "
+            "write the adapter once beside stages",
+        )
+    elif (earlier and earlier.of_weights()) != (own and own.of_weights()):
+        wanted = earlier.to_text() if earlier else "none"
+        yield Problem(
+            ("quantization",),
+            f"the stage before trains an adapter with quantization: {wanted}, and this stage goes on with it; write "
+            "the same, or write it once beside stages",
+        )
 
 
 def _not_stackable(earlier: LoraAdapter, own: LoraAdapter) -> Iterator[Problem]:

@@ -71,7 +71,7 @@ def recipe_changes(
         setting = rest.removeprefix("align.").partition(".")[0]
         if section == "method" and (another_kind or (another_place and setting in OF_ITS_PLACE)):
             continue
-        if key not in may_change and not _only_written_out(section, rest, own, old):
+        if key not in may_change and section != "launch" and not _only_written_out(section, rest, own, old):
             value, old_value = _at(now, key), _at(then, key)
             changes.append(
                 f"{key} differs" if value == old_value else f"{key} is {value} and was {old_value}"
@@ -179,7 +179,7 @@ def as_first_stage(recipe: Recipe, first: Recipe, chat_template: str | None) -> 
 
     Args:
         recipe: of any stage.
-        first: of the chain's first stage, whose start and adapter it takes over.
+        first: of the chain's first stage, whose start, quantisation and adapter it takes over.
         chat_template: what the stage's tokenizer will have from the stages before it.
     """
     settings = recipe.method.alignment
@@ -190,7 +190,8 @@ def as_first_stage(recipe: Recipe, first: Recipe, chat_template: str | None) -> 
     model = recipe.model.model_copy(
         update={"name_or_path": first.model.name_or_path, "chat_template": template}
     )
-    return recipe.model_copy(update={"model": model, "adapter": first.adapter})
+    start = {"model": model, "adapter": first.adapter, "quantization": first.quantization}
+    return recipe.model_copy(update=start)
 
 
 def _comparable(recipe: Recipe, places: Recipe, earlier: Sequence[str]) -> Recipe:

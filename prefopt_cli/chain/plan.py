@@ -11,8 +11,9 @@ from prefopt_cli.chain.scores import NeededScores, needed_scores
 from prefopt_cli.chain.settings import BASE, Chain, ChainStage
 from prefopt_cli.errors import UserError
 from prefopt_cli.models.adapters import require_stackable
-from prefopt_cli.models.loading import on_meta_device
+from prefopt_cli.models.loading import load_config, on_meta_device
 from prefopt_cli.models.policy import PolicySource, describe_reference, find_policy, policy_of_run
+from prefopt_cli.models.quantising import quantised_start
 from prefopt_cli.recipe.schema import LoraAdapter, Recipe, SequentialSettings
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
@@ -87,7 +88,9 @@ def make_plan(
     """
     require_usable_folder(chain)
     found = [None] * len(chain.stages) if overwrite else locate_runs(chain, runs)
-    base = find_policy(chain.stages[0].recipe.model, reporter.progress)
+    first = chain.stages[0].recipe
+    base = find_policy(first.model, reporter.progress)
+    base = quantised_start(base, first, load_config(base, first.model))
     planning = _Planning(chain, reporter, overwrite, counts_scores, [(BASE, base)])
     for stage, run in zip(chain.stages, found, strict=True):
         reporter.message(f"Reading the data of stage {stage.dimension}.")

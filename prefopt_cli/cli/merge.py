@@ -1,6 +1,5 @@
 """`prefopt merge`."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +10,7 @@ from prefopt_cli.cli.common import (
     JsonOption,
     RunsDirOption,
     prepare_libraries,
+    several_processes,
     standard_error,
     standard_output,
 )
@@ -30,15 +30,26 @@ def merge(
         typer.Option("--dtype", help="Type of the saved weights; merged is always in float32."),
     ] = "float32",
     pairs: Annotated[int, typer.Option("--pairs", min=1, help="Pairs that are scored for the proof.")] = 64,
+    base: Annotated[
+        Literal["dequantized", "original"] | None,
+        typer.Option(
+            "--base",
+            help="Of a run on quantised weights: merge into those (dequantized, the default), which is the policy as "
+            "it was trained, or into the original ones, which is another.",
+            show_default=False,
+        ),
+    ] = None,
     tolerance: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--tolerance",
             metavar="NATS",
             min=0.0,
-            help="Largest difference of a response's log-probability; half precision needs a larger one.",
+            help="Largest difference of a response's log-probability, 0.01 unless given; half precision needs a larger "
+            "one, and --base original has none.",
+            show_default=False,
         ),
-    ] = 1e-2,
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -55,9 +66,9 @@ def merge(
     """Export a run's policy as one plain model, adapters merged, and prove that it is the same policy.
 
     A sample of pairs is scored by the policy as it was trained and by the folder as plain transformers loads it.
-    Above the tolerance nothing is written.
+    Above the tolerance nothing is written. What was measured stands in the folder's card and record.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # they would all write into the same folder
+    if several_processes():  # they would all write into the same folder
         raise UserError(
             "prefopt merge is the work of one process. Run it without torchrun or accelerate launch."
         )
@@ -66,7 +77,7 @@ def merge(
     from prefopt_cli.evaluation.merge_check import MergeSettings, merge_run
     from prefopt_cli.runs.finding import RunFinder
 
-    settings = MergeSettings(dtype, pairs, tolerance, data, overwrite)
+    settings = MergeSettings(dtype, pairs, tolerance, data, overwrite, base)
     reporter = reporter_for(standard_error(), receipts=False)
     try:
         merged = merge_run(run, out.expanduser(), settings, reporter, RunFinder(runs_dir))
@@ -84,9 +95,15 @@ def _print(merged: "Merged") -> None:
     from prefopt_cli.cli.tables import print_line
 
     console, found = standard_output(), merged.difference
+    if merged.record["merged_into"] == "original":
+        print_line(
+            console,
+            "Merged into the original weights: another policy than the one that was trained on quantised ones.",
+        )
+    told = "Measured" if merged.tolerance is None else f"Equal within {merged.tolerance:g} nats"
     print_line(
         console,
-        f"Equal within {merged.tolerance:g} nats: over {found.responses} responses ({found.tokens:,} tokens) the "
+        f"{told}: over {found.responses} responses ({found.tokens:,} tokens) the "
         f"log-probabilities differ by at most {found.max:.2g}, by {found.mean:.2g} on average.",
     )
     print_line(

@@ -15,9 +15,8 @@ from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.models import loading, merging
 from prefopt_cli.models.ancestry import as_ancestor
 from prefopt_cli.models.policy import MERGE_RECORD, PolicySource, merge_record, policy_of_run
-from prefopt_cli.models.quantised import stores_few_bits
 from prefopt_cli.recipe import load_recipe
-from prefopt_cli.recipe.schema import GPOSettings, ModelSettings, Recipe, Source
+from prefopt_cli.recipe.schema import GPOSettings, LoraAdapter, ModelSettings, Recipe, Source
 from prefopt_cli.runs import atomic
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
@@ -41,10 +40,17 @@ class MergeSettings:
 
     dtype: merging.Dtype = "float32"
     pairs: int = PAIRS
-    tolerance: float = TOLERANCE
+    tolerance: float | None = None
+    """None: `TOLERANCE`, or none at all where the policy is merged into other weights than it was trained on."""
     data: str | None = None
     """Preferences to compare on in place of the run's own."""
     overwrite: bool = False
+    base: merging.Base | None = None
+    """What the adapter is merged into, where the weights below it were quantised."""
+
+    def limit(self, into: merging.Base | None) -> float | None:
+        """The largest difference that is accepted."""
+        return TOLERANCE if self.tolerance is None and into != "original" else self.tolerance
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,8 @@ class Merged:
     dtype: str
     record: dict[str, Any]
     difference: Difference
-    tolerance: float
+    tolerance: float | None
+    """None: any difference was accepted."""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -78,6 +85,7 @@ class Merged:
             "model": str(self.folder),
             "dtype": self.dtype,
             **{name: self.record[name] for name in ("run", "run_id", "dimension", "base", "adapters")},
+            **{name: self.record[name] for name in ("merged_into", "quantization")},
             "tolerance": self.tolerance,
             "difference": asdict(self.difference),
         }
@@ -110,14 +118,16 @@ def merge_run(
     merging.require_free(out, overwrite=settings.overwrite)
     model_settings = merging.merge_settings(source, recipe.model)
     config = loading.load_config(source, model_settings)
+    into = merging.require_base(source, model_settings, settings.base)
     tokenizer = loading.load_tokenizer(source, model_settings)
     examples = _sample(recipe, run, settings, reporter)
-    record = merging.new_record(source, config, _line(run, manifest, source))
+    record = merging.new_record(source, config, _line(run, manifest, source), into)
+    limit = settings.limit(into)
     compare = _Comparison(examples, padding_id(tokenizer, config), _device(recipe), reporter)
     before = compare.score(merging.unmerged_policy(source, model_settings), "scoring with the run's policy")
     with atomic.folder(out.absolute()) as folder:
         merging.write_model(
-            merging.merged_policy(source, model_settings),
+            merging.merged_policy(source, model_settings, into or "dequantized"),
             tokenizer,
             folder,
             dtype=settings.dtype,
@@ -130,8 +140,10 @@ def merge_run(
             "scoring with the merged model",
         )
         difference = compare.difference(before, after)
-        _require_equal(difference, settings, quantised=stores_few_bits(config))
-    return Merged(out, settings.dtype, record, difference, settings.tolerance)
+        _require_equal(difference, limit, settings.dtype, into)
+        record["difference"] = asdict(difference)
+        merging.write_record(folder, record, settings.dtype)
+    return Merged(out, settings.dtype, record, difference, limit)
 
 
 class _Comparison:
@@ -186,18 +198,25 @@ class _Comparison:
         )
 
 
-def _require_equal(found: Difference, settings: MergeSettings, *, quantised: bool) -> None:
-    if found.max <= settings.tolerance:  # not a number is not
+def _require_equal(
+    found: Difference, limit: float | None, dtype: merging.Dtype, into: merging.Base | None
+) -> None:
+    if found.max <= (np.inf if limit is None else limit):  # not a number is not
         return
     hint = ""
-    if settings.dtype != "float32":
-        hint = f" {settings.dtype} rounds every weight; if that is what you want, raise --tolerance, or export float32."
-    elif quantised:
+    if into == "original":
+        hint = " The original weights are others than the quantised ones that it was trained on; leave --base out."
+    elif dtype != "float32":
+        hint = (
+            f" {dtype} rounds every weight; if that is what you want, raise --tolerance, or export float32."
+        )
+    elif into is not None:
         hint = " With weights of a few bits this is their rounding; raise --tolerance if you accept it."
+    told = "any number" if limit is None else f"{limit:g}"
     raise PrefoptError(
         f"The merged model is not the run's policy: over {found.responses} responses the log-probabilities differ by "
         f"up to {found.max:.3g} nats ({found.max_per_token:.2g} per token; mean {found.mean:.2g}), and the tolerance "
-        f"is {settings.tolerance:g}. Nothing was written.{hint}"
+        f"is {told}. Nothing was written.{hint}"
     )
 
 
@@ -223,7 +242,7 @@ def _sample(recipe: Recipe, run: RunFolder, settings: MergeSettings, reporter: R
             "model": ModelSettings(
                 name_or_path=str(run.path), trust_remote_code=recipe.model.trust_remote_code
             ),
-            "adapter": "none",
+            "adapter": merging.AS_IT_IS if isinstance(recipe.adapter, LoraAdapter) else "none",
             "dataset": dataset,
             "method": GPOSettings(name="gpo"),
             "training": {},

@@ -23,7 +23,15 @@ NO_REFERENCE = "none"
 BETA = 0.1
 """Scale of the implicit reward of a model that no run tells the beta of; TRL's default."""
 
-SETTLED = ("adapter", "dimension", "method", "model.name_or_path", "model.revision", "output_dir")
+SETTLED = (
+    "adapter",
+    "dimension",
+    "method",
+    "model.name_or_path",
+    "model.revision",
+    "output_dir",
+    "quantization",
+)
 """Fields that a finished run has settled: to set them over would change nothing."""
 
 SCORING_FIELDS = (

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers import set_seed
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.models.policy import PolicySource, read_adapter_config
+from prefopt_cli.models.quantised import compute_in_bfloat16, is_quantised
 from prefopt_cli.recipe.schema import LoraAdapter
 
 TRAINED_ADAPTER = "default"
@@ -63,7 +64,12 @@ def stack_adapter(model: PeftModel, config: LoraConfig, seed: int) -> PeftModel:
 
 
 def activate_adapters(model: nn.Module) -> None:
-    """Have the trained adapter and the earlier one at work; loading a checkpoint leaves only the first."""
+    """Have the trained adapter and the earlier one at work, in the types that they are trained in.
+
+    Loading a checkpoint leaves only the first, in float32.
+    """
+    if is_quantised(model):
+        compute_in_bfloat16(model, TRAINED_ADAPTER)
     if is_stacked(model):
         # The library takes the first for the one that is trained.
         model.base_model.set_adapter([TRAINED_ADAPTER, EARLIER_ADAPTER])  # type: ignore[union-attr, operator]
@@ -75,14 +81,20 @@ def is_stacked(model: Any) -> bool:
     return isinstance(model, PeftModel) and {TRAINED_ADAPTER, EARLIER_ADAPTER} <= set(model.peft_config)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter of a policy, the earlier one included, as one that peft loads on the base model."""
+def save_adapter(model: PeftModel, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter of a policy, the earlier one included, as one that peft loads on the base model.
+
+    Args:
+        model: the policy.
+        folder: where to.
+        weights: of what is trained, where the model itself holds a part only.
+    """
     name = _combined(model) if is_stacked(model) else TRAINED_ADAPTER
     config: Any = model.peft_config[name]
     if Path(config.base_model_name_or_path or "").is_dir():
         # A base given by a relative path would be found from one working directory only.
         config.base_model_name_or_path = str(Path(config.base_model_name_or_path).resolve())
-    model.save_pretrained(str(folder), selected_adapters=[name])
+    model.save_pretrained(str(folder), selected_adapters=[name], state_dict=weights)
     if name != TRAINED_ADAPTER:  # peft has put it one folder deeper
         for file in sorted((folder / name).iterdir()):
             file.replace(folder / file.name)
@@ -106,3 +118,35 @@ def restore_dropout(model: nn.Module) -> None:
         parent, _, adapter = name.rpartition(".")
         if parent.endswith("lora_dropout") and adapter == TRAINED_ADAPTER and isinstance(module, nn.Dropout):
             module.p = model.peft_config[adapter].lora_dropout
+
+
+def require_same_adapter(source: PolicySource, adapter: LoraAdapter) -> None:
+    """Training goes on with the adapter that the policy already has, so the recipe must describe that one.
+
+    Raises:
+        UserError: it describes another; the message lists the differences.
+    """
+    if source.adapter is None:
+        return
+    saved = read_adapter_config(source.adapter)
+    # What the recipe leaves out is as the adapter has it; peft saves all-linear as the names it stood for.
+    # Trained biases would stay behind in the reference, so `bias` counts even then.
+    wanted = adapter.model_dump(include=(adapter.model_fields_set | {"bias"}) - {"type", "init_lora_weights"})
+    if wanted.get("target_modules") == "all-linear":
+        del wanted["target_modules"]
+    differing = [
+        f"{key} is {saved.get(key)}, not {value}"
+        for key, value in wanted.items()
+        if _unordered(saved.get(key)) != _unordered(value)
+    ]
+    if differing:
+        raise UserError(
+            f"adapter: the policy already has an adapter ({source.adapter}), and training would go on with it, but "
+            f"the recipe describes another: {'; '.join(differing)}. Use its values, or `adapter: none` to merge it "
+            "into the weights and train all of them."
+        )
+
+
+def _unordered(value: Any) -> Any:
+    """Lists of names in any order, and nothing written as null or as an empty collection, are the same."""
+    return sorted(value, key=str) if isinstance(value, list) else value or None

@@ -23,6 +23,7 @@ from prefopt_cli.models.policy import (
     has_fingerprint,
     merge_record,
     policy_of_run,
+    recorded_quantization,
 )
 from prefopt_cli.recipe.schema import Recipe, SequentialSettings, dimension_of, place_of_alignment
 from prefopt_cli.recipe.schemes import Progress, find_scheme
@@ -136,6 +137,7 @@ def as_ancestor(run: RunFolder, manifest: Mapping[str, Any]) -> dict[str, Any]:
         "data": manifest.get("data"),
         "started_from": lineage.get("fingerprint"),
         "merged_start": lineage.get("weights") if lineage.get("merged_from") else None,
+        "quantization": lineage.get("quantization"),
     }
 
 
@@ -163,12 +165,14 @@ def start_of(
     lineage = manifest["lineage"]
     name, adapter = lineage.get("name"), lineage.get("adapter")
     recorded = PolicySource(lineage["weights"], Path(adapter) if adapter else None, None, name)
+    quantization = recorded_quantization(lineage)
     ancestors = ancestors_of(manifest)
     if ancestors and not lineage.get("merged_from"):  # another run's policy; its folder may have been moved
         parent = runs.find(ancestors[-1]["run"], ancestors[-1].get("run_id"), f"the start of {run.path}")
         recorded = policy_of_run(parent, progress, key=f"the start of {run.path}")
     elif name and not recorded.is_local and (named := find_scheme(name, "model")):
         recorded = replace(recorded, weights=str(named.scheme.model_folder(named.name, progress)))
+    recorded = replace(recorded, quantization=quantization)
     if not has_fingerprint(recorded, lineage["fingerprint"]):
         raise UserError(
             f"The policy that {run.path} began with, {recorded.describe()}, is not there any more or has changed, and "

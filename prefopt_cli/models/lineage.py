@@ -15,6 +15,7 @@ from prefopt_cli.models.policy import (
     has_fingerprint,
     merge_record,
     policy_of_run,
+    recorded_quantization,
 )
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.runs.finding import RunFinder
@@ -169,7 +170,7 @@ def _base(words: str, adapters: list[str], entries: list[dict[str, Any]]) -> tup
     """The base in words, and whether it is still there."""
     trained = {str(RunFolder(Path(each["run"])).model) for each in entries}
     adapter = Path(adapters[0]) if adapters and adapters[0] not in trained else None
-    source = PolicySource(words, adapter)
+    source = PolicySource(words, adapter, quantization=recorded_quantization(entries[0]) if entries else None)
     began = entries[0].get("started_from") if entries else None
     if not source.is_local:
         return source.describe(), GONE if Path(words).is_absolute() else None

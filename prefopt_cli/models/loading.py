@@ -22,12 +22,20 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.models.adapters import (
     EARLIER_ADAPTER,
     TRAINED_ADAPTER,
+    require_same_adapter,
     require_stackable,
     stack_adapter,
 )
+from prefopt_cli.models.generation_settings import mend_generation_settings
 from prefopt_cli.models.loading_errors import loading_errors
-from prefopt_cli.models.policy import PolicySource, require_same_adapter
-from prefopt_cli.models.quantised import compute_in_bfloat16, is_quantised, keep_trainable
+from prefopt_cli.models.policy import PolicySource
+from prefopt_cli.models.quantised import (
+    compute_in_bfloat16,
+    is_quantised,
+    keep_trainable,
+    stores_few_bits,
+)
+from prefopt_cli.models.quantising import bits_and_bytes, require_layers, require_working, settled
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
 
 CHECKPOINT_DTYPE = "auto"
@@ -69,24 +77,33 @@ def load_tokenizer(source: PolicySource, settings: ModelSettings) -> PreTrainedT
 
 
 def load_model(
-    source: PolicySource, settings: ModelSettings, adapter: LoraAdapter | str, *, frozen: bool = False
+    source: PolicySource,
+    settings: ModelSettings,
+    adapter: LoraAdapter | str,
+    *,
+    frozen: bool = False,
+    device: torch.device | str | None = None,
 ) -> PreTrainedModel | PeftModel:
-    """The policy with its weights, on the CPU.
+    """The policy with its weights, on the CPU; quantised ones on the device that they are for.
 
     An adapter that belongs to the policy stays one when the recipe trains an adapter, and is merged into
-    the weights when the recipe trains all of them. A new adapter is not added here (see `new_adapter`).
+    the weights when the recipe trains all of them, unless these are quantised and would round it. A new
+    adapter is not added here (see `new_adapter`).
 
     Args:
-        source: where the policy is.
+        source: where the policy is, and how its weights are quantised.
         settings: the recipe's.
         adapter: the recipe's.
         frozen: whether an adapter that belongs to the policy is not to be trained further; it may be any then.
+        device: this process's; None: the GPU that it uses, or the CPU where there is none.
 
     Raises:
-        UserError: the weights cannot be had, or the adapter in place is not the one the recipe describes.
+        UserError: the weights cannot be had, or not be quantised here, or the adapter in place is not the one the
+            recipe describes.
     """
     if isinstance(adapter, LoraAdapter) and not frozen:
         require_same_adapter(source, adapter)
+    quantising = _quantising(source, settings, device)
     with loading_errors(source.place, local=source.is_local):
         model, loaded = AutoModelForCausalLM.from_pretrained(
             source.weights,
@@ -95,6 +112,7 @@ def load_model(
             dtype=weights_dtype(settings, adapter),
             use_safetensors=True,
             **({"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}),
+            **quantising,
             **_hub_arguments(source, settings),
         )
     faulty = {
@@ -102,44 +120,36 @@ def load_model(
         "have another shape": [key for key, *_ in loaded["mismatched_keys"]],
     }
     _require_all_weights(f"model {source.place}", faulty)
-    _mend_generation_settings(model, source)
+    mend_generation_settings(model, source)
     keep_trainable(model)
     if source.adapter is None:
         return model
     trains_adapter = isinstance(adapter, LoraAdapter)
     with_adapter = _load_adapter(model, source.adapter, is_trainable=trains_adapter and not frozen)
-    if trains_adapter:
+    if trains_adapter or is_quantised(model):
         return with_adapter
     # peft froze the weights under the adapter; merged, they are what is trained.
     merged: PreTrainedModel = with_adapter.merge_and_unload().requires_grad_(True)
     return merged
 
 
-def _mend_generation_settings(model: PreTrainedModel, source: PolicySource) -> None:
-    """Settings that transformers refuses to save, as older models have them, must not end a run at its first save.
+def _quantising(
+    source: PolicySource, settings: ModelSettings, device: torch.device | str | None
+) -> dict[str, Any]:
+    """How the weights are quantised, for the library, and where to.
 
     Raises:
-        UserError: they contradict each other in another way than sampling settings without `do_sample`.
+        UserError: they cannot be, on this device.
     """
-    settings = model.generation_config
-    if settings is None or _is_saveable(settings):
-        return
-    settings.do_sample = True  # what temperature, top_k or top_p beside it say
-    try:
-        settings.validate(strict=True)
-    except ValueError as error:
-        raise UserError(
-            f"model {source.place}: its generation_config.json contradicts itself, and no checkpoint could be saved. "
-            f"Mend or delete that file. ({' '.join(str(error).split())})"
-        ) from error
-
-
-def _is_saveable(settings: Any) -> bool:
-    try:
-        settings.validate(strict=True)
-    except ValueError:
-        return False
-    return True
+    config = load_config(source, settings)
+    if source.quantization is None:
+        return {} if device is None or not stores_few_bits(config) else {"device_map": {"": device}}
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    require_working(source.quantization.bits, device.type)
+    quantization = settled(source.quantization, device.type)
+    where = {"": device if device.index is not None or device.type == "cpu" else torch.cuda.current_device()}
+    model = _without_weights(source, settings, config, torch.float32)
+    return {"quantization_config": bits_and_bytes(quantization, model), "device_map": where}
 
 
 def weights_dtype(settings: ModelSettings, adapter: LoraAdapter | str) -> torch.dtype | str:
@@ -171,7 +181,8 @@ def on_meta_device(
 ) -> PreTrainedModel | PeftModel:
     """The policy as it will be trained, without any weights: for counting, estimating, and early refusals.
 
-    With `stacked`, an adapter that belongs to the policy stays as it is and gets a new one on top.
+    With `stacked`, an adapter that belongs to the policy stays as it is and gets a new one on top. Layers that will be
+    quantised are there in the model's own type; `quantised.weight_bytes` counts what becomes of them.
 
     Raises:
         UserError: no such model can be built, or the adapter does not fit it.
@@ -179,15 +190,34 @@ def on_meta_device(
     config = load_config(source, settings)
     dtype = weights_dtype(settings, adapter)
     dtype = (config.dtype or torch.float32) if dtype == CHECKPOINT_DTYPE else dtype
+    model = _without_weights(source, settings, config, dtype)
+    if source.quantization is not None:
+        require_layers(model, source.quantization, adapter)
+    if not isinstance(adapter, LoraAdapter):
+        return model
+    adapted = _with_adapter(model, source, adapter, stacked=stacked)
+    if source.quantization is not None or stores_few_bits(config):
+        for each in adapted.peft_config:
+            compute_in_bfloat16(adapted, each)
+    return adapted
+
+
+def _without_weights(
+    source: PolicySource, settings: ModelSettings, config: Any, dtype: torch.dtype | str
+) -> PreTrainedModel:
     with torch.device("meta"), loading_errors(source.place, local=source.is_local):
-        model = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             config,
             dtype=dtype,
             trust_remote_code=settings.trust_remote_code,
             **({"attn_implementation": settings.attn_implementation} if settings.attn_implementation else {}),
         )
-    if not isinstance(adapter, LoraAdapter):
-        return model
+
+
+def _with_adapter(
+    model: PreTrainedModel, source: PolicySource, adapter: LoraAdapter, *, stacked: bool
+) -> PeftModel:
+    """A model without weights with the adapters that it will have."""
     if source.adapter is None:
         return _with_new_adapter(model, adapter)
     (require_stackable if stacked else require_same_adapter)(source, adapter)

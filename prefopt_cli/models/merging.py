@@ -1,8 +1,12 @@
-"""A run's policy as one plain model folder: adapters merged into the weights in float32, then saved in any type."""
+"""A run's policy as one plain model folder: adapters merged into the weights in float32, then saved in any type.
+
+An adapter that was trained on quantised weights goes into those weights dequantised, or into the original ones.
+"""
 
 import json
 import textwrap
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.models import loading
+from prefopt_cli.models.merge_card import merge_card
 from prefopt_cli.models.policy import MERGE_RECORD, PolicySource, fingerprint, merge_record
-from prefopt_cli.models.quantised import stores_few_bits
+from prefopt_cli.models.quantised import stores_few_bits, take_dequantised
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
 from prefopt_cli.runs.writable import require_writable
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Base = Literal["dequantized", "original"]
 
 RECORD_FORMAT = 1
 
@@ -42,28 +48,69 @@ def merge_settings(source: PolicySource, settings: ModelSettings) -> ModelSettin
 
 
 def unmerged_policy(source: PolicySource, settings: ModelSettings) -> PreTrainedModel | PeftModel:
-    """The policy as it was trained, in float32, its adapter beside the weights; on the CPU.
+    """The policy as it was trained, its adapter beside the weights, all of it computed in float32; on the CPU.
 
     Raises:
         UserError: the weights cannot be had.
     """
-    return loading.load_model(source, settings, AS_IT_IS if source.adapter else "none", frozen=True).eval()
+    if source.quantization is not None:
+        exact = source.quantization.model_copy(update={"compute_dtype": "float32"})
+        source = replace(source, quantization=exact)
+    model = loading.load_model(source, settings, AS_IT_IS if source.adapter else "none", frozen=True)
+    if isinstance(model, PeftModel):
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:  # on quantised weights they are in bfloat16
+                parameter.data = parameter.data.float()
+    return model.eval()
 
 
-def merged_policy(source: PolicySource, settings: ModelSettings) -> PreTrainedModel:
+def merged_policy(
+    source: PolicySource, settings: ModelSettings, base: Base = "dequantized"
+) -> PreTrainedModel:
     """The policy as one model without adapters, in float32, on the CPU.
 
-    Quantised weights are dequantised first: merged into them, an adapter would be rounded to their few levels.
+    Args:
+        source: the policy.
+        settings: see `merge_settings`.
+        base: where the weights are quantised, what the adapter is merged into. dequantized: what it was trained on,
+            and so the same policy; original: the weights before they were quantised, and so another one. Merged
+            into the quantised weights, an adapter would be rounded to their few levels.
 
     Raises:
         UserError: the weights cannot be had, or are quantised in a way that cannot be undone.
     """
-    if not stores_few_bits(loading.load_config(source, settings)):
+    stored = stores_few_bits(loading.load_config(source, settings))
+    if source.quantization is None and not stored:
         return loading.load_model(source, settings, "none").eval()
-    model = _dequantised(loading.load_model(PolicySource(source.weights), settings, "none"), source)
+    below = replace(source, adapter=None, run=None)
+    if stored:
+        model = _dequantised(loading.load_model(below, settings, "none"), source)
+    else:
+        model = loading.load_model(replace(below, quantization=None), settings, "none")
+        if base == "dequantized":
+            take_dequantised(model, loading.load_model(below, settings, "none"))
     if source.adapter is not None:
         model = PeftModel.from_pretrained(model, str(source.adapter)).merge_and_unload()
     return model.eval()
+
+
+def require_base(source: PolicySource, settings: ModelSettings, base: Base | None) -> Base | None:
+    """What the adapter is merged into; None where the weights are not quantised.
+
+    Raises:
+        UserError: the user asks for what there is not.
+    """
+    stored = stores_few_bits(loading.load_config(source, settings))
+    if source.quantization is None and not stored:
+        if base is not None:
+            raise UserError("--base: the run was not trained on quantised weights. Leave it out.")
+        return None
+    if stored and base == "original":
+        raise UserError(
+            f"--base original: {source.place} holds quantised weights only; what they were before is not known. Leave "
+            "it out."
+        )
+    return base or "dequantized"
 
 
 def _dequantised(model: Any, source: PolicySource) -> Any:
@@ -98,11 +145,16 @@ def write_model(
     try:
         model.to(getattr(torch, dtype)).save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-        (folder / "README.md").write_text(_card(record, dtype), encoding="utf-8")
-        (folder / MERGE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_record(folder, record, dtype)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise PrefoptError(f"The merged model cannot be written beside {folder.parent}: {reason}.") from error
+
+
+def write_record(folder: Path, record: dict[str, Any], dtype: Dtype) -> None:
+    """Fill a folder with what is known of the model in it: for programs and for people."""
+    (folder / "README.md").write_text(merge_card(record, dtype), encoding="utf-8")
+    (folder / MERGE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def require_free(out: Path, *, overwrite: bool) -> None:
@@ -138,13 +190,16 @@ def require_elsewhere(out: Path, run: Path, read: Iterable[str | Path | None]) -
             raise UserError(f"OUT {out} holds {place}, which the run needs. Choose another folder.")
 
 
-def new_record(source: PolicySource, config: Any, line: dict[str, Any]) -> dict[str, Any]:
+def new_record(
+    source: PolicySource, config: Any, line: dict[str, Any], into: Base | None = None
+) -> dict[str, Any]:
     """What `prefopt_merge.json` says; a later run that starts from the folder takes its ancestors over.
 
     Args:
         source: the run's policy.
         config: its configuration, for the commit of a hub model.
         line: run, run_id, dimension, base, adapters and ancestors, the merged run itself last.
+        into: which weights the adapter was merged into, where they were quantised.
     """
     ended_with = fingerprint(source, getattr(config, "_commit_hash", None))
     *before, own = line["ancestors"]
@@ -153,24 +208,7 @@ def new_record(source: PolicySource, config: Any, line: dict[str, Any]) -> dict[
         **{name: line[name] for name in ("run", "run_id", "dimension")},
         "fingerprint": ended_with,
         **{name: line[name] for name in ("base", "adapters")},
+        "merged_into": into,
+        "quantization": source.quantization.model_dump() if source.quantization else None,
         "ancestors": [*before, {**own, "ended_with": ended_with}],
     }
-
-
-def _card(record: dict[str, Any], dtype: str) -> str:
-    """Markdown with the hub's front matter. Places on this disk stay out of it."""
-    stages = [
-        f"{number}. {each['dimension']}, method {(each.get('method') or {}).get('name', 'unknown')}"
-        for number, each in enumerate(record["ancestors"], 1)
-    ]
-    base = record["base"] if not Path(str(record["base"])).exists() else Path(str(record["base"])).name
-    parts = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags: [prefopt, trl, preference-optimization]\n---",
-        f"# {Path(record['run']).name}, merged",
-        f"The policy of the run {Path(record['run']).name} (id {record['run_id']}) as one plain model: base "
-        f"{base}, weights in {dtype}, merged in float32. It needs no peft.",
-        "Stages, the oldest first:\n\n" + "\n".join(stages),
-        f"{MERGE_RECORD} has the whole lineage; `prefopt lineage` draws it.",
-    ]
-    return "\n\n".join(parts) + "\n"

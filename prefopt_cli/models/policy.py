@@ -6,12 +6,15 @@ Nothing here loads weights or imports anything heavy.
 import difflib
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from prefopt_cli.errors import UserError
-from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
+from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings, QuantizationSettings
 from prefopt_cli.recipe.schemes import Progress, find_scheme
 from prefopt_cli.runs.folder import RunFolder
 
@@ -39,6 +42,8 @@ class PolicySource:
     """Run folder that the policy was taken from."""
     name: str | None = None
     """The name of the full model, where a scheme gave it one: the folder means little to a reader."""
+    quantization: QuantizationSettings | None = None
+    """How the full model's weights are quantised while they are loaded; None: they are as they were saved."""
 
     @property
     def is_local(self) -> bool:
@@ -53,9 +58,11 @@ class PolicySource:
     def describe(self) -> str:
         """One line for logs, manifest and model card."""
         text = self.name or self.weights
+        if self.quantization is not None:
+            text += f", quantised: {self.quantization.describe()},"
         if self.adapter is not None:
             text += f" with the adapter {self.adapter}"
-        return text if self.run is None else f"{text} (run {self.run})"
+        return text.removesuffix(",") + (f" (run {self.run})" if self.run is not None else "")
 
 
 def find_policy(
@@ -88,7 +95,8 @@ def find_policy(
 def policy_of_run(
     run: RunFolder, progress: Progress | None = None, *, key: str = "model.name_or_path"
 ) -> PolicySource:
-    """A finished run's policy. Its adapter lies on the weights that it started from, by whatever name they had.
+    """A finished run's policy. Its adapter lies on the weights that it started from, by whatever name they had, and
+    as the run quantised them.
 
     Raises:
         UserError: the run is not finished, or what its adapter lies on is not there any more.
@@ -112,7 +120,19 @@ def policy_of_run(
         if Path(source.weights).resolve() == weights.resolve():
             source = replace(source, name=name)
     _require_same_weights(source, lineage.get("weights_fingerprint"), run)
-    return source
+    return replace(source, quantization=recorded_quantization(lineage))
+
+
+def recorded_quantization(lineage: Mapping[str, Any]) -> QuantizationSettings | None:
+    """How a run quantised the weights below its adapter, from what its manifest says of its lineage."""
+    found = lineage.get("quantization")
+    try:
+        return QuantizationSettings.model_validate(found) if found else None
+    except ValidationError as error:
+        raise UserError(
+            "A run's manifest.json does not say how its weights were quantised (lineage.quantization): "
+            f"{error.errors()[0]['msg']}. Restore it, or train the run anew."
+        ) from error
 
 
 def _require_same_weights(source: PolicySource, recorded: str | None, run: RunFolder) -> None:
@@ -137,12 +157,20 @@ def _in_folder(folder: Path, run: Path | None, key: str = "model.name_or_path") 
                 f"The adapter {folder} belongs to the base model {base}, which is not there. Put it back, or "
                 "correct base_model_name_or_path in its adapter_config.json."
             )
-        return PolicySource(base, folder, run)
+        return PolicySource(base, folder, run, quantization=_beside(folder) if run is None else None)
     if (folder / "config.json").is_file():
         return PolicySource(str(folder), None, run)
     raise UserError(
         f"{key}: the folder {folder} holds no model (neither config.json nor adapter_config.json)."
     )
+
+
+def _beside(folder: Path) -> QuantizationSettings | None:
+    """How the weights below a run's adapter are quantised, where the adapter's own folder is named, not the run's."""
+    run = RunFolder(folder.parent)
+    if run.model != folder or not run.is_run():
+        return None
+    return recorded_quantization(run.read_manifest().get("lineage", {}))
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -156,38 +184,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder}/adapter_config.json cannot be read: {error}") from error
     return found if isinstance(found, dict) else {}
-
-
-def require_same_adapter(source: PolicySource, adapter: LoraAdapter) -> None:
-    """Training goes on with the adapter that the policy already has, so the recipe must describe that one.
-
-    Raises:
-        UserError: it describes another; the message lists the differences.
-    """
-    if source.adapter is None:
-        return
-    saved = read_adapter_config(source.adapter)
-    # What the recipe leaves out is as the adapter has it; peft saves all-linear as the names it stood for.
-    # Trained biases would stay behind in the reference, so `bias` counts even then.
-    wanted = adapter.model_dump(include=(adapter.model_fields_set | {"bias"}) - {"type", "init_lora_weights"})
-    if wanted.get("target_modules") == "all-linear":
-        del wanted["target_modules"]
-    differing = [
-        f"{key} is {saved.get(key)}, not {value}"
-        for key, value in wanted.items()
-        if _unordered(saved.get(key)) != _unordered(value)
-    ]
-    if differing:
-        raise UserError(
-            f"adapter: the policy already has an adapter ({source.adapter}), and training would go on with it, but "
-            f"the recipe describes another: {'; '.join(differing)}. Use its values, or `adapter: none` to merge it "
-            "into the weights and train all of them."
-        )
-
-
-def _unordered(value: Any) -> Any:
-    """Lists of names in any order, and nothing written as null or as an empty collection, are the same."""
-    return sorted(value, key=str) if isinstance(value, list) else value or None
 
 
 def merge_record(folder: str | Path) -> dict[str, Any] | None:
@@ -220,7 +216,8 @@ def fingerprint(source: PolicySource, commit: str | None) -> str:
     """What tells the policy from one that later lies in the same place.
 
     Of local weights and adapters, size and the first and last mebibyte of every file are hashed, which a
-    training run changes, and their settings; of a hub model the commit is taken.
+    training run changes, and their settings; of a hub model the commit is taken. How the weights are quantised while
+    they are loaded counts, too.
     """
     digest = hashlib.blake2b(digest_size=16)
     for folder in (Path(source.weights), source.adapter):
@@ -235,6 +232,8 @@ def fingerprint(source: PolicySource, commit: str | None) -> str:
                 digest.update(opened.read(SAMPLE))
         for name in ("config.json", "adapter_config.json"):
             digest.update(_settings(folder / name))
+    if source.quantization is not None:
+        digest.update(json.dumps(source.quantization.of_weights(), sort_keys=True).encode())
     return digest.hexdigest() if source.is_local else f"{source.weights}@{commit} {digest.hexdigest()}"
 
 

@@ -1,7 +1,6 @@
 """Combinations in the ``launch`` and ``quantization`` sections that cannot work."""
 
 from collections.abc import Iterator
-
 from typing import Any
 
 from prefopt_cli.recipe.launch_settings import LaunchSettings
@@ -48,17 +47,26 @@ def _keys_of_the_engine(settings: Settings) -> Iterator[Problem]:
             )
 
 
+def _config_speaks_alone(settings: Settings) -> Iterator[Problem]:
+    if settings.get("launch", "config") is None or settings.mistaken("launch", "config"):
+        return
+    for key in OF_ENGINES:
+        if _differs(settings.get("launch", key), LaunchSettings, key):
+            yield Problem(("launch", key), "the file of launch.config is used as it is; say it there")
+
+
 def _machines_meet(settings: Settings) -> Iterator[Problem]:
     machines = settings.get("launch", "machines") or 1
     rank = settings.get("launch", "machine_rank") or 0
     if any(settings.mistaken("launch", key) for key in ("machines", "machine_rank", "rendezvous")):
         return
-    if rank >= machines:
+    in_config = settings.get("launch", "config") is not None  # where they may be, too
+    if rank >= machines and not (in_config and machines == 1):
         yield Problem(
             ("launch", "machine_rank"),
             f"expected less than launch.machines ({machines}), as ranks begin at 0, found {rank}",
         )
-    if machines > 1 and settings.get("launch", "rendezvous") is None:
+    if machines > 1 and settings.get("launch", "rendezvous") is None and not in_config:
         yield Problem(
             ("launch", "machines"),
             "several machines must know where to meet; add rendezvous: HOST:PORT of machine 0",
@@ -74,6 +82,34 @@ def _bits_need_an_adapter(settings: Settings) -> Iterator[Problem]:
         )
 
 
+def _bits_that_are_sharded(settings: Settings) -> Iterator[Problem]:
+    """What the engines that take weights apart can do with quantised ones."""
+    bits = settings.get("quantization", "bits")
+    if bits is None or any(
+        settings.mistaken(*key) for key in (("launch", "engine"), ("launch", "zero_stage"))
+    ):
+        return
+    if _engine(settings) == "deepspeed" and settings.get("launch", "zero_stage") == 3:
+        yield Problem(
+            ("launch", "zero_stage"),
+            "3 takes weights apart, which quantised ones do not bear; write 2, or engine: fsdp",
+        )
+    if _engine(settings) != "fsdp" or settings.mistaken("quantization", "storage_dtype"):
+        return
+    if bits == 8:
+        yield Problem(
+            ("quantization", "bits"), "fsdp takes weights apart, which those of 8 bits do not bear; write 4"
+        )
+    elif settings.get("quantization", "storage_dtype") in (None, "uint8"):
+        dtype = settings.get("model", "dtype")
+        wanted = dtype if dtype in ("float32", "bfloat16", "float16") else "bfloat16"
+        yield Problem(
+            ("quantization",),
+            "fsdp takes weights of 4 bits apart only where they are kept in tensors of the model's type; add "
+            f"storage_dtype: {wanted}",
+        )
+
+
 def _keys_of_the_bits(settings: Settings) -> Iterator[Problem]:
     bits = settings.get("quantization", "bits")
     for key, wanted in OF_BITS.items():
@@ -84,7 +120,9 @@ def _keys_of_the_bits(settings: Settings) -> Iterator[Problem]:
 
 LAUNCH_CHECKS: tuple[Check, ...] = (
     _keys_of_the_engine,
+    _config_speaks_alone,
     _machines_meet,
     _bits_need_an_adapter,
+    _bits_that_are_sharded,
     _keys_of_the_bits,
 )

@@ -10,6 +10,9 @@ from prefopt_cli.recipe.section import Section
 ENDPOINT = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 """host:port; an IPv6 address stands in brackets."""
 
+LAST_PORT = 65534
+"""The launchers of several machines meet at the next one."""
+
 
 class LaunchSettings(Section):
     """How the run is started. A run that torchrun, accelerate or Slurm has started already starts no more processes."""
@@ -42,7 +45,9 @@ class LaunchSettings(Section):
     machines: int = Field(default=1, ge=1, description="Machines that train together.")
     machine_rank: int = Field(default=0, ge=0, description="Which of them this one is, from 0.")
     rendezvous: str | None = Field(
-        default=None, description="host:port at which machine 0 is reached by all, for example 10.0.0.1:29500."
+        default=None,
+        description="host:port at which machine 0 is reached by all, for example 10.0.0.1:29500; the next port is "
+        "used too.",
     )
     timeout: int = Field(
         default=300,
@@ -61,6 +66,8 @@ class LaunchSettings(Section):
     @classmethod
     def _endpoint(cls, value: str | None) -> str | None:
         found = ENDPOINT.fullmatch(value) if value is not None else None
-        if value is not None and (found is None or not 1 <= int(found[2]) <= 65535):
-            raise ValueError(f"expected host:port, for example 10.0.0.1:29500, found {value!r}")
+        if value is not None and (found is None or not 1 <= int(found[2]) <= LAST_PORT):
+            raise ValueError(
+                f"expected host:port, for example 10.0.0.1:29500, with a port up to {LAST_PORT}, found {value!r}"
+            )
         return value

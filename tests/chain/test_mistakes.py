@@ -52,6 +52,12 @@ MISTAKES = [
     ("beta: 0.1}", "beta: 0.1, lambdas: 0.5}", 5, ["method.lambdas", "stages.1.lambdas"]),
     ("training: {max", "output_dir: runs/y\n    training: {max", 14, ["stages.1.output_dir", "set by the chain"]),
     ("training: {max", "model: {name_or_path: y}\n    training: {max", 14, ["stages.1.model.name_or_path", "before"]),
+    (
+        "training: {max",
+        "launch: {processes: 2}\n    training: {max",
+        14,
+        ["stages.1.launch.processes", "same processes"],
+    ),
     ("training: {max", "previous: [x]\n    training: {max", 14, ["stages.1.previous", "set by the chain"]),
     ("stages:", "dimension: helpful\nstages:", 8, ["dimension", "entries of stages"]),
     ("stages:", "lambdas: 0.5\nstages:", 8, ["lambdas", "entries of stages"]),
@@ -127,6 +133,18 @@ def test_adapters_that_cannot_be_stacked(tmp_path: Path) -> None:
     )
     assert any("adapter.use_dora" in each for each in told)
     assert any("adapter.target_modules" in each for each in told)
+
+
+def test_an_adapter_stays_on_the_weights_that_it_was_trained_on(tmp_path: Path) -> None:
+    bits = ADAPTER + "quantization: {bits: 4}\n"
+    for quantization, wanted in (("{bits: 8}", "{bits: 4}"), ("none", "{bits: 4}")):
+        (told,) = mistakes(tmp_path, bits + CHAIN + f"    quantization: {quantization}\n")
+        assert f"the stage before trains an adapter with quantization: {wanted}" in told
+    (told,) = mistakes(tmp_path, ADAPTER + CHAIN + "    quantization: {bits: 4}\n")
+    assert "quantization: none, and this stage goes on with it" in told
+    told = mistakes(tmp_path, bits + CHAIN + "    adapter: none\n    quantization: none\n")
+    assert any("on quantised weights, which cannot be trained themselves" in each for each in told)
+    load(tmp_path, bits + CHAIN + "    quantization: {compute_dtype: bfloat16}\n")
 
 
 def test_a_sound_chain_becomes_one_recipe_for_each_stage(tmp_path: Path) -> None:

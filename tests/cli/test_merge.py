@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -241,3 +242,73 @@ def test_a_quantised_base(
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+
+
+@pytest.fixture
+def few_bits(run: Run) -> Run:  # noqa: F811
+    """Trains an adapter on weights that are quantised while they are loaded."""
+    pytest.importorskip("bitsandbytes")
+
+    def start(bits: int) -> Any:
+        return run("kind", SHORT, LORA, f"quantization.bits={bits}", "training.learning_rate=0.03")
+
+    return start
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_weights_that_were_trained_on(few_bits: Run, prefopt: Prefopt, tmp_path: Path, bits: int) -> None:
+    """Dequantised they make the very policy; the original ones make another, which is measured and said."""
+    few_bits(bits)
+    told = {}
+    for base in ("dequantized", "original"):
+        result = prefopt("merge", str(tmp_path / "kind"), str(tmp_path / base), "--base", base, "--json")
+        assert result.code == 0, result.err
+        told[base] = json.loads(result.out)
+        assert (told[base]["merged_into"], told[base]["quantization"]["bits"]) == (base, bits)
+        record = json.loads((tmp_path / base / MERGE_RECORD).read_text())
+        assert record["difference"] == told[base]["difference"]
+        assert "quantization_config" not in json.loads((tmp_path / base / "config.json").read_text())
+        AutoModelForCausalLM.from_pretrained(tmp_path / base)
+    same, other = (told[base]["difference"]["mean"] for base in ("dequantized", "original"))
+    assert same < 1e-3
+    assert other > 10 * same
+    assert (told["dequantized"]["tolerance"], told["original"]["tolerance"]) == (0.01, None)
+    card = (tmp_path / "original" / "README.md").read_text()
+    assert f"trained on {bits}-bit" in card
+    assert "another policy than the one that was trained" in card
+    assert f"{told['original']['difference']['mean']:.2g} nats on average" in card
+    # The merged policy is a start like any other, and knows its line.
+    assert "kind" in prefopt("lineage", str(tmp_path / "dequantized")).out
+
+
+def test_what_the_user_is_told(few_bits: Run, prefopt: Prefopt, run: Run, tmp_path: Path) -> None:  # noqa: F811
+    few_bits(4)
+    place, out = str(tmp_path / "kind"), str(tmp_path / "out")
+    result = prefopt("merge", place, out, "--base", "original", "--tolerance", "1e-9")
+    assert result.code == 1
+    assert "others than the quantised ones that it was trained on; leave --base out" in result.err
+    assert not Path(out).exists()
+    assert "Equal within 0.01 nats" in prefopt("merge", place, out).out
+    merged = prefopt("merge", place, out, "--base", "original", "--overwrite").out
+    assert "Merged into the original weights: another policy" in merged
+    assert "Measured: over 48 responses" in merged
+    run("plain", SHORT, LORA)
+    result = prefopt("merge", str(tmp_path / "plain"), str(tmp_path / "new"), "--base", "dequantized")
+    assert result.code == 2
+    assert "--base: the run was not trained on quantised weights" in result.err
+
+
+def test_a_run_on_few_bits_is_evaluated_and_gone_on_from(
+    few_bits: Run, prefopt: Prefopt, tmp_path: Path
+) -> None:
+    """By its own weights, and its reference by the same."""
+    few_bits(4)
+    result = prefopt("eval", str(tmp_path / "kind"), "--json")
+    assert result.code == 0, result.err
+    assert "quantised: 4-bit" in result.out
+    refused = prefopt("eval", str(tmp_path / "kind"), "quantization.bits=8")
+    assert refused.code == 2
+    assert "the run has settled quantization" in refused.err
+    lineage = prefopt("lineage", str(tmp_path / "kind"))
+    assert lineage.code == 0, lineage.err
+    assert "changed" not in lineage.out

@@ -143,6 +143,7 @@ class Place:
             "name": None,
             "weights": source.weights,
             "adapter": str(source.adapter) if source.adapter else None,
+            "quantization": source.quantization.model_dump() if source.quantization else None,
             "fingerprint": own,
             "reference": f"{source.describe()}, as it is at the start",
             "weights_fingerprint": fingerprint(PolicySource(source.weights), None),
@@ -176,5 +177,6 @@ def _ancestor(run: RunFolder) -> dict[str, Any]:
         **{name: manifest.get(name) for name in ("run_id", "dimension", "method", "data")},
         "started_from": manifest["lineage"]["fingerprint"],
         "merged_start": manifest["lineage"]["weights"] if manifest["lineage"]["merged_from"] else None,
+        "quantization": manifest["lineage"]["quantization"],
         "ended_with": policy_fingerprint(run.path),
     }

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.models.adapters import require_same_adapter
 from prefopt_cli.models.policy import (
     PolicySource,
     describe_reference,
     find_policy,
     fingerprint,
-    require_same_adapter,
 )
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
 

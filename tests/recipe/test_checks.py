@@ -189,3 +189,94 @@ def test_a_mistaken_section_causes_no_follow_up_mistakes(refusal, sound):
     assert "nothing to evaluate on" not in message
     message = refusal(sound, "training.fp16=3", "training.bf16=true")
     assert "at most one" not in message
+
+
+BITS = ["adapter={type: lora}", "quantization.bits=4"]
+FSDP = "launch.engine=fsdp"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "part"),
+    [
+        (
+            ["quantization.bits=4"],
+            "quantization",
+            "only an adapter on them; add adapter: {type: lora, r: 16}",
+        ),
+        (["adapter={type: lora}", "quantization.bits=2"], "quantization.bits", "4 or 8"),
+        ([*BITS, "quantization.threshold=3.0"], "quantization.threshold", "is for bits: 8"),
+        (
+            ["adapter={type: lora}", "quantization.bits=8", "quantization.quant_type=fp4"],
+            "quantization.quant_type",
+            "is for bits: 4",
+        ),
+        ([*BITS, FSDP], "quantization", "add storage_dtype: bfloat16"),
+        ([*BITS, FSDP, "model.dtype=float16"], "quantization", "add storage_dtype: float16"),
+        (
+            ["adapter={type: lora}", "quantization.bits=8", FSDP],
+            "quantization.bits",
+            "of 8 bits do not bear; write 4",
+        ),
+        (
+            [*BITS, "launch.engine=deepspeed", "launch.zero_stage=3"],
+            "launch.zero_stage",
+            "write 2, or engine: fsdp",
+        ),
+    ],
+)
+def test_bits_that_cannot_work(refusal, sound, overrides, key, part):
+    message = refusal(sound, *overrides)
+    assert any(key in line and part in line for line in message.splitlines()), message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [FSDP, "quantization.storage_dtype=bfloat16"],
+        ["launch.engine=deepspeed", "launch.zero_stage=2"],
+        ["quantization.skip_modules=[o_proj]", "adapter={type: lora, use_dora: true}"],
+    ],
+)
+def test_bits_that_can(load, sound, overrides):
+    load(sound, *BITS, *overrides)
+
+
+ENGINE = "launch.engine=deepspeed"
+MACHINES = ["launch.machines=2", "launch.rendezvous=a:29500"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "part"),
+    [
+        (["launch.cpu_offload=true"], "launch.cpu_offload", "is for engine: fsdp or deepspeed"),
+        (
+            [FSDP, "launch.zero_stage=1"],
+            "launch.zero_stage",
+            "is for engine: deepspeed, and the engine is fsdp",
+        ),
+        (["launch.machines=2"], "launch.machines", "add rendezvous: HOST:PORT"),
+        (
+            [*MACHINES, "launch.machine_rank=2"],
+            "launch.machine_rank",
+            "expected less than launch.machines (2)",
+        ),
+        (["launch.rendezvous=a:65535"], "launch.rendezvous", "with a port up to 65534"),
+        ([ENGINE, "launch.config=ds.json", "launch.zero_stage=3"], "launch.zero_stage", "is used as it is"),
+    ],
+)
+def test_launches_that_cannot_work(refusal, sound, overrides, key, part):
+    message = refusal(sound, *overrides)
+    assert any(key in line and part in line for line in message.splitlines()), message
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["launch.processes=auto"],
+        [*MACHINES, "launch.machine_rank=1", FSDP, "launch.reshard_after_forward=false"],
+        ["launch.rendezvous='[fe80::1]:29500'", "launch.machines=2"],
+        ["launch.config=accelerate.yaml", "launch.machine_rank=1"],  # the file may say how many there are
+    ],
+)
+def test_launches_that_can(load, sound, overrides):
+    load(sound, *overrides)

@@ -60,7 +60,9 @@ MISTAKES = [
     ("output_dir: runs/x", "outptu_dir: runs/x", 17, ["outptu_dir", "'output_dir'"]),
     ("output_dir: runs/x", "learning_rate: 1", 17, ["learning_rate", "training.learning_rate"]),
     ("output_dir: runs/x", "seed: 1", 17, ["dataset.seed", "training.seed"]),
-    ("output_dir: runs/x", "launch: {processes: 2}", 17, ["launch.processes", "expected 1"]),
+    ("output_dir: runs/x", "launch: {processes: 0}", 17, ["launch.processes", "at least 1, or auto"]),
+    ("output_dir: runs/x", "launch: {engine: fsdp2}", 17, ["launch.engine", "'fsdp'"]),
+    ("output_dir: runs/x", "launch: {rendezvous: here}", 17, ["launch.rendezvous", "host:port"]),
 ]
 
 

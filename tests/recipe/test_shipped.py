@@ -18,6 +18,7 @@ from prefopt_cli.recipe.schema import (
     LaunchSettings,
     LoraAdapter,
     ModelSettings,
+    QuantizationSettings,
     Recipe,
     Regularizer,
     Source,
@@ -162,6 +163,7 @@ def test_a_starter_loads_and_explains_every_key(tmp_path, method):
     assert text.splitlines()[0] == f"# prefopt train {path}"
     assert text.splitlines()[1] == SCHEMA_LINE
     sections = [Recipe, ModelSettings, LoraAdapter, DatasetSettings, Source, METHODS[method], LaunchSettings]
+    sections.append(QuantizationSettings)
     sections += {"soft": [Regularizer, Weighting], "self_supervised": [GPOSettings]}.get(method, [])
     assert max(map(len, starter_recipe(method).splitlines())) <= 110
     for section in sections:

@@ -20,7 +20,6 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks.tables import table
@@ -31,10 +30,10 @@ from prefopt_cli.runs import environment
 from prefopt_cli.scoring.forward import score_responses
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training.degree_batches import DegreeCollator
+from prefopt_cli.training.head_optimizer import saved_head
 from prefopt_cli.training.preparation import prepare
 from prefopt_cli.training.reporting import Silent
 from prefopt_cli.training.run import train
-from prefopt_cli.training.self_supervised import HEAD_FILE
 
 HERE = Path(__file__).resolve().parent
 SHARED = HERE.parent.parent / "shared"
@@ -105,7 +104,7 @@ def classified(recipe: Recipe, checkpoint: Path) -> tuple[np.ndarray, np.ndarray
     rows = rows.add_column("row_index", list(range(len(rows))))
     model, layout = AutoModelForCausalLM.from_pretrained(checkpoint).eval(), Layout("pieces")
     layout.prepare(model)
-    head = load_file(checkpoint / HEAD_FILE)
+    head = saved_head(checkpoint)
     collate = DegreeCollator(layout, 0, levels_per_step=None, seed=0)
     levels, told, prompts = [], [], []
     for start in range(0, len(rows), BATCH):

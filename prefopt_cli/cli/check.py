@@ -1,11 +1,13 @@
 """`prefopt check`."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from prefopt_cli.cli.check_degrees import has_colour, print_degrees, visible
+from prefopt_cli.cli.check_fit import print_fit, read_bytes
+from prefopt_cli.cli.check_memory import print_memory
 from prefopt_cli.cli.common import (
     DebugOption,
     JsonOption,
@@ -48,6 +50,18 @@ def check(
     device: Annotated[
         str, typer.Option("--device", help="Where the run will take place: auto, cpu or cuda.")
     ] = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            "--memory", metavar="SIZE", help="Memory of each GPU, such as 24GiB: does it fit, and how?"
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            "--gpus", min=1, help="GPUs on all machines; as many as the recipe's processes if left out."
+        ),
+    ] = None,
     runs_dir: RunsDirOption = None,
     json: JsonOption = False,
     debug: DebugOption = False,
@@ -58,16 +72,27 @@ def check(
 
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"--device: expected auto, cpu or cuda, found {device!r}.")
+    if gpus is not None and memory is None:
+        raise UserError(
+            "--gpus: says how many GPUs share a budget; add --memory, for example --memory 24GiB."
+        )
+    size = read_bytes(memory) if memory is not None else None
     loaded = load_recipe(recipe, overrides or ())
     prepare_libraries()
     from prefopt_cli.cli.progress import reporter_for
     from prefopt_cli.runs.finding import RunFinder
     from prefopt_cli.training.inspection import inspect
+    from prefopt_cli.training.memory_fit import Budget
     from prefopt_cli.training.reporting import Silent
 
     # The receipt is part of the result here, so it must not be printed along the way.
     reporter = reporter_for(standard_error(), receipts=False) if not json else Silent()
-    where: Literal["cpu", "cuda"] | None = None if device == "auto" else "cuda" if device == "cuda" else "cpu"
+    where: Literal["cpu", "cuda"] | None = "cuda" if gpus and not loaded.training.get("use_cpu") else None
+    if device != "auto":
+        where = "cuda" if device == "cuda" else "cpu"
+    budget = None
+    if size is not None:
+        budget = Budget(size, lambda more: load_recipe(recipe, [*(overrides or ()), *more]), gpus)
     try:
         found = inspect(
             loaded,
@@ -76,6 +101,7 @@ def check(
             device=where,
             pairs=pairs,
             runs=RunFinder(runs_dir),
+            budget=budget,
         )
     finally:
         reporter.close()
@@ -112,12 +138,16 @@ def _print(found: "Inspection", recipe: str, console: "Console") -> None:
     line(f"Loss: {found.method}.")
     if found.reference:
         line(f"Reference policy: {found.reference}; {REFERENCE_USES[found.packing.reference]}.")
-    line(f"Steps: {found.steps} of {found.rows_per_step} {_rows(found)} per process.")
+    of_all = "" if found.processes == 1 else f", {found.rows_per_step * found.processes} on {found.processes}"
+    line(f"Steps: {found.steps} of {found.rows_per_step} {_rows(found)} per process{of_all}.")
     _print_sampling(found, console)
     line()
     _print_packing(found.packing, _rows(found), console)
     line()
-    _print_memory(found, console)
+    print_memory(found, console)
+    if found.fit:
+        line()
+        print_fit(found, recipe, console)
     for note in found.notes:
         line(f"Note: {note}")
 
@@ -213,39 +243,3 @@ def _print_packing(packing: "Packing", rows: str, console: "Console") -> None:
         f"Predicted from the arithmetic: {packing.speedup:.1f} times as fast as TRL's step as it comes, "
         f"{packing.speedup_precomputed:.1f} times with its reference precomputed."
     )
-
-
-def _peak(found: "Inspection") -> str:
-    """What the memory estimate is of."""
-    if found.memory.phase == "sampling":
-        return "there while samples are drawn, those of the longest prompts and as long as they may become"
-    batch = (
-        "that of the heaviest batch of an epoch in random order, with "
-        f"{found.packing.heaviest_tokens:,} tokens through the model"
-    )
-    if found.packing.unscored_tokens is not None:
-        batch += ", every response beside the longest degraded versions that may be drawn"
-    return batch if found.sampling is None else f"{batch}, and of samples as long as they may become"
-
-
-def _print_memory(found: "Inspection", console: "Console") -> None:
-    from rich import box
-    from rich.table import Table
-
-    from prefopt_cli.training.memory import format_bytes
-
-    memory = found.memory
-    share = memory.trainable_parameters / memory.parameters
-    console.print(
-        f"Parameters: {memory.parameters:,}, of which {memory.trainable_parameters:,} ({share:.1%}) are trained."
-    )
-    table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False)
-    table.add_column(f"peak memory per process on {found.device}, {memory.phase}")
-    table.add_column("estimate", justify="right")
-    rows: dict[str, Any] = {**memory.parts, "total": memory.total}
-    for part, size in rows.items():
-        table.add_row(part, format_bytes(size), style="bold" if part == "total" else "")
-    console.print(table)
-    console.print(f"It is {_peak(found)}.", soft_wrap=True)
-    for note in memory.notes:
-        console.print(f"Note: {note}", markup=False, soft_wrap=True)

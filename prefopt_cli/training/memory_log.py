@@ -5,13 +5,39 @@ log costs no memory and tells what the same code would allocate.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """How many bytes of each part were alive, moment by moment."""
+
+    parts: tuple[str, ...]
+    sizes: np.ndarray
+    """(M, P) bytes of the P parts at those M moments at which a peak may be: before something is freed."""
+
+    def peak(self, shares: Mapping[str, float] | None = None) -> dict[str, int]:
+        """Bytes by part at the moment when most bytes are alive; parts of which none are alive then are left out.
+
+        Args:
+            shares: of some parts, how much of them this process has, where others have the rest. With smaller
+                gradients, the peak may be at another moment.
+        """
+        if not len(self.sizes):
+            return {}
+        scaled = self.sizes * np.array([(shares or {}).get(part, 1.0) for part in self.parts])
+        highest = scaled[scaled.sum(1).argmax()]
+        return {
+            part: round(size) for part, size in zip(self.parts, highest.tolist(), strict=True) if round(size)
+        }
 
 
 class AllocationLog(TorchDispatchMode):
@@ -50,16 +76,18 @@ class AllocationLog(TorchDispatchMode):
 
     def peak(self) -> dict[str, int]:
         """Bytes by part at the moment when most bytes were alive."""
-        current = highest = moment = 0
-        for index, (_, change) in enumerate(self._events):
-            current += change
-            if current > highest:
-                highest, moment = current, index
-        parts: dict[str, int] = {}
-        for serial, change in self._events[: moment + 1]:
-            part = self._parts[serial]
-            parts[part] = parts.get(part, 0) + change
-        return {part: size for part, size in parts.items() if size}
+        return self.timeline().peak()
+
+    def timeline(self) -> Timeline:
+        """What was alive when."""
+        parts = tuple(dict.fromkeys(self._parts))
+        column = {part: number for number, part in enumerate(parts)}
+        changes = np.zeros((len(self._events), len(parts)), dtype=np.int64)
+        for row, (serial, change) in zip(changes, self._events, strict=True):
+            row[column[self._parts[serial]]] = change
+        gained = changes.sum(1) > 0
+        before_a_loss = gained & ~np.append(gained[1:], False)
+        return Timeline(parts, changes.cumsum(0)[before_a_loss])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

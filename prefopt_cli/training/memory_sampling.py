@@ -60,20 +60,33 @@ def sampling_bytes(model: Any, sampling: Sampling, mixed_precision: str) -> dict
     groups = getattr(config, "num_key_value_heads", None) or heads
     count, longest = len(sampling.prompts), max(sampling.prompts)
     tokens = count * (longest + sampling.max_new_tokens)
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    inner = inner if isinstance(inner, int) else max(inner)
-    # Under autocast the outputs of the layers stay in the type of the weights.
-    layer = HIDDEN_COPIES * config.hidden_size * plain.dtype.itemsize + INNER_COPIES * inner * item
-    reading, drawing = count * longest * layer, LOGIT_COPIES * 4 * count * config.vocab_size  # in turns
+    reading = reading_bytes(plain, count * longest, low_precision=low)
+    drawing = LOGIT_COPIES * 4 * count * config.vocab_size  # in turns
     return {
         "keys and values": 2 * config.num_hidden_layers * groups * size * tokens * item,
         "logits of samples": drawing if drawing > reading else 0,
         "activations": reading if reading >= drawing else 0,
-        AllocationLog.CAST: _cast_bytes(plain) if low else 0,
+        AllocationLog.CAST: cast_bytes(plain) if low else 0,
     }
 
 
-def _cast_bytes(model: nn.Module) -> int:
+def reading_bytes(model: Any, tokens: int, *, low_precision: bool) -> int:
+    """Bytes of one layer's work on so many tokens, without gradients.
+
+    Args:
+        model: a causal language model, not peft's wrapper.
+        tokens: positions that go through it at once.
+        low_precision: whether that is done under autocast.
+    """
+    config = model.config.get_text_config()
+    item = LOW_BYTES if low_precision else model.dtype.itemsize
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    inner = inner if isinstance(inner, int) else max(inner)
+    # Under autocast the outputs of the layers stay in the type of the weights.
+    return tokens * (HIDDEN_COPIES * config.hidden_size * model.dtype.itemsize + INNER_COPIES * inner * item)
+
+
+def cast_bytes(model: nn.Module) -> int:
     """What autocast keeps of weights in low precision: those that are trained, and one at a time of the others."""
     matrices = dict.fromkeys(
         weight

@@ -26,7 +26,7 @@ from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_respo
 from prefopt_cli.scoring.head import HeadStates
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
-from prefopt_cli.training.memory_log import AllocationLog
+from prefopt_cli.training.memory_log import AllocationLog, Timeline
 from prefopt_cli.training.memory_stand_ins import TRACED_ROW, Device, head_stand_ins, pieces_of
 
 Reference = Literal["copy", "adapter_disabled", "none"]
@@ -74,8 +74,8 @@ class StepShape:
         return self.traced_layout.batch(examples, 0, multiple)
 
 
-def trace_step(model: nn.Module, shape: StepShape) -> dict[str, int]:
-    """Bytes by part at the peak of policy forward, reference forward, loss and backward; no optimizer state.
+def trace_step(model: nn.Module, shape: StepShape) -> Timeline:
+    """Bytes by part through policy forward, reference forward, loss and backward; no optimizer state.
 
     The model is left as it is; its weights are neither read nor copied.
 
@@ -113,7 +113,7 @@ def trace_step(model: nn.Module, shape: StepShape) -> dict[str, int]:
             loss = loss + _degree_loss(scores, shape.degrees)
         _backward(loss, log)
         log.assign([p.grad for p in _trainable(policy) if p.grad is not None], "gradients")
-    return log.peak()
+    return log.timeline()
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

@@ -54,8 +54,10 @@ def test_sections_in_their_order(prefopt: Prefopt, recipe: Path, tmp_path: Path)
             "Predicted from the arithmetic: ",
             "are trained.",
             "peak memory per process on cpu",
+            "ddp on 1 process",
             "LM head",
             "heaviest batch of an epoch",
+            "Before training, while the reference scores the data, it is ",
         )
     ]
     assert places == sorted(places)
@@ -68,8 +70,10 @@ def test_json_holds_everything(check: Check) -> None:
     found = check()
     assert set(found) == {
         "method", "reference", "receipt", "masks", "degrees", "packing", "memory", "sampling", "device",
-        "rows_per_step", "steps", "notes",
+        "processes", "rows_per_step", "steps", "notes", "fit",
     }  # fmt: skip
+    assert found["fit"] is None, "no budget was given"
+    assert found["processes"] == 1
     assert found["degrees"] is None, "the method has none"
     assert found["receipt"]["sets"]["train"]["rows"] == 96
     assert found["receipt"]["sets"]["heldout"]["rows"] == 24

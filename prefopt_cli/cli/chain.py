@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from prefopt_cli.cli.common import (
-    SIGNAL_EXIT_BASE,
     DebugOption,
     JsonOption,
     RunsDirOption,
@@ -16,6 +15,7 @@ from prefopt_cli.cli.common import (
     standard_error,
     standard_output,
 )
+from prefopt_cli.cli.launching import OF_A_MACHINE, Job, command_again, exit_code, in_processes
 from prefopt_cli.cli.tables import print_hanging, print_line
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from prefopt_cli.chain.plan import Plan, Step
     from prefopt_cli.chain.run import ChainOutcome, Told
+    from prefopt_cli.chain.settings import Chain
     from prefopt_cli.evaluation.retention_table import Retention
     from prefopt_cli.training.outcome import Outcome
     from prefopt_cli.training.reporting import Reporter
@@ -54,15 +55,23 @@ def chain(
 ) -> None:
     """Train the stages of a chain in order, and show after each what became of every dimension.
 
+    One launch serves all stages: where their section launch asks for processes, the whole chain runs in them.
     Finished stages are skipped, an interrupted one goes on, and a changed one is trained anew with all after it.
     """
     from prefopt_cli.chain.loader import load_chain
     from prefopt_cli.errors import UserError
+    from prefopt_cli.launch.devices import require_accelerators
 
     loaded = load_chain(file, overrides or ())
     if runs_dir is not None and not runs_dir.is_dir():
         raise UserError(f"--runs-dir: there is no folder {runs_dir}.")
+    again = command_again("chain", file, overrides or [], _moved(runs_dir))
+    if not dry_run:
+        flags = {"--overwrite": overwrite, "--json": json, "--debug": debug}
+        options = [*_moved(runs_dir), *(name for name, given in flags.items() if given)]
+        in_processes(_job(loaded, overrides or [], options, again), debug=debug)
     prepare_libraries()
+    require_accelerators(use_cpu=bool(loaded.stages[0].recipe.training.get("use_cpu")))
     from prefopt_cli.chain.plan import make_plan
     from prefopt_cli.runs.finding import RunFinder
     from prefopt_cli.training.processes import leave_together
@@ -78,7 +87,7 @@ def chain(
         return
     from prefopt_cli.chain.run import run_plan
 
-    told, again = _told(quiet=json or not main_process()), _command(file, overrides or [], runs_dir)
+    told = _told(quiet=json or not main_process())
     try:
         with _reporting(receipts=True) as reporter:
             outcome = run_plan(plan, reporter=reporter, runs=runs, told=told)
@@ -89,7 +98,7 @@ def chain(
         raise
     if main_process():
         _print_outcome(outcome, as_json=json, again=again)
-    raise typer.Exit(0 if outcome.signal is None else SIGNAL_EXIT_BASE + outcome.signal)
+    raise typer.Exit(exit_code(outcome.signal))
 
 
 @contextmanager
@@ -176,13 +185,22 @@ def _print_outcome(outcome: "ChainOutcome", *, as_json: bool, again: str) -> Non
         print_line(console, f"Retention: {folder / 'retention.csv'} (and .json, .png)")
 
 
-def _command(file: str, overrides: list[str], runs_dir: Path | None) -> str:
-    """The command line that goes on with the chain; --overwrite would begin anew."""
-    import os
-    import shlex
+def _job(loaded: "Chain", overrides: list[str], options: list[str], again: str) -> Job:
+    """The chain as something that may want several processes, which then do all of it."""
+    first, content = loaded.stages[0].recipe, []
+    for stage in loaded.stages:
+        content.append(stage.recipe.model_dump(mode="json"))
+        for name in OF_A_MACHINE:
+            content[-1]["launch"].pop(name)
+    return Job(
+        settings=first.launch,
+        arguments=["chain", loaded.file, *overrides, *options],
+        output_dir=loaded.output_dir,
+        use_cpu=bool(first.training.get("use_cpu")),
+        content=[content, "--overwrite" in options],
+        again=again,
+    )
 
-    # Under a launcher, each process sees how many there are.
-    launched = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "prefopt_cli"]
-    program = launched if os.environ.get("WORLD_SIZE", "1") != "1" else ["prefopt"]
-    moved = ["--runs-dir", str(runs_dir)] if runs_dir else []
-    return shlex.join([*program, "chain", file, *overrides, *moved])
+
+def _moved(runs_dir: Path | None) -> list[str]:
+    return ["--runs-dir", str(runs_dir)] if runs_dir else []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from prefopt_cli.launch.environment import adopt_slurm
 from prefopt_cli.sandbox.names import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -64,7 +65,11 @@ def is_debug() -> bool:
 
 
 def prepare_libraries() -> None:
-    """Before torch and transformers are imported: no telemetry, and silence unless --debug was given."""
+    """Before torch and transformers are imported: no telemetry, and silence unless --debug was given.
+
+    A task of several that Slurm started learns here which it is.
+    """
+    adopt_slurm()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Threads that wait for one another give way soon: where other programs want the processor too, small models
@@ -137,5 +142,11 @@ def last_work() -> Iterator[bool]:
 
 
 def main_process() -> bool:
-    """False in all but the first of the processes that torchrun or accelerate started."""
+    """False in all but the first of the processes that a launcher started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def several_processes() -> bool:
+    """Whether a launcher started this process as one of several."""
+    adopt_slurm()
+    return os.environ.get("WORLD_SIZE", "1") != "1"

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -12,7 +12,9 @@ from prefopt_cli.cli import (
     chain,
     check,
     compare,
+    doctor,
     evaluate,
+    launch,
     lineage,
     merge,
     recipe,
@@ -23,6 +25,9 @@ from prefopt_cli.cli import (
 )
 from prefopt_cli.cli.common import DebugOption, is_debug
 from prefopt_cli.errors import PrefoptError
+from prefopt_cli.launch import worker
+from prefopt_cli.launch.connection import CONNECTION_LOST, is_connection_loss
+from prefopt_cli.launch.failures import Kind
 
 EXIT_INTERRUPTED = 130
 
@@ -42,6 +47,8 @@ app.command(name="chain", epilog=chain.EPILOG)(chain.chain)
 app.command(name="retention", epilog=retention.EPILOG)(retention.retention)
 app.command(name="lineage", epilog=lineage.EPILOG)(lineage.lineage)
 app.command(name="merge", epilog=merge.EPILOG)(merge.merge)
+app.command(name="doctor", epilog=doctor.EPILOG)(doctor.doctor)
+app.add_typer(launch.app, name="launch")
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(sandbox.app, name="sandbox")
 app.add_typer(cache.app, name="cache")
@@ -69,16 +76,20 @@ def main() -> None:
     0 done, 1 something failed, 2 the input cannot work as it stands, 130 interrupted.
     """
     try:
+        worker.begin()
         app()
     except PrefoptError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, "consequence" if is_connection_loss(error) else "error")
     except KeyboardInterrupt:
         _fail("Interrupted.", EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); Python must not complain about it at exit.
+        worker.leave_failure("nobody reads its output any more.", 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
+        if is_connection_loss(error):
+            _fail(CONNECTION_LOST, 1, "consequence")
         _fail(
             f"Unexpected {type(error).__name__}: {error}\nThis is a bug in prefopt or in a library it uses. "
             "Run the command again with --debug for the traceback, and report it.",
@@ -86,10 +97,12 @@ def main() -> None:
         )
 
 
-def _fail(message: str, exit_code: int) -> None:
+def _fail(message: str, exit_code: int, kind: Kind = "error") -> NoReturn:
+    """Print what went wrong, or leave it to the launcher of this process; end."""
     if is_debug():
         import traceback
 
         traceback.print_exc()
-    typer.echo(f"prefopt: {message}", err=True)
+    if not worker.leave_failure(message, exit_code, kind):
+        typer.echo(f"prefopt: {message}", err=True)
     sys.exit(exit_code)

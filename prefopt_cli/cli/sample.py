@@ -1,6 +1,5 @@
 """`prefopt sample`."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from prefopt_cli.cli.common import (
     JsonOption,
     RunsDirOption,
     prepare_libraries,
+    several_processes,
     standard_error,
     standard_output,
 )
@@ -162,7 +162,7 @@ def sample(
     Both policies draw with the same random numbers. A judge sees every pair in both orders; a verdict that changes
     with the order counts as a tie.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if several_processes():
         raise UserError("prefopt sample runs in one process. Run it without torchrun or accelerate launch.")
     if not 0 < top_p <= 1:
         raise UserError(f"--top-p {top_p:g}: a probability above 0, and at most 1.")

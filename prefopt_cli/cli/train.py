@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from prefopt_cli.cli.common import (
-    SIGNAL_EXIT_BASE,
     DebugOption,
     JsonOption,
     OverridesArgument,
@@ -17,8 +16,10 @@ from prefopt_cli.cli.common import (
     standard_error,
     standard_output,
 )
+from prefopt_cli.cli.launching import OF_A_MACHINE, Job, command_again, exit_code, in_processes
 
 if TYPE_CHECKING:
+    from prefopt_cli.recipe.schema import Recipe
     from prefopt_cli.training.run import Outcome
 
 EPILOG = "Example: prefopt train recipes/gpo-hh.yaml method.beta=0.05"
@@ -35,17 +36,21 @@ def train(
     json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Train the policy that a recipe describes.
+    """Train the policy that a recipe describes, in as many processes as its section launch asks for.
 
     Ctrl-C finishes the step, saves a checkpoint and prints how to go on.
     """
     from prefopt_cli.errors import UserError
+    from prefopt_cli.launch.devices import require_accelerators
     from prefopt_cli.recipe import load_recipe
 
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other.")
     loaded = load_recipe(recipe, overrides or ())
+    options = _options(resume=resume, overwrite=overwrite, runs_dir=runs_dir, json=json, debug=debug)
+    in_processes(training_job(loaded, recipe, overrides or [], options), debug=debug)
     prepare_libraries()
+    require_accelerators(use_cpu=bool(loaded.training.get("use_cpu")))
     from prefopt_cli.cli.progress import reporter_for
     from prefopt_cli.runs.finding import RunFinder
     from prefopt_cli.training import run as training
@@ -67,7 +72,7 @@ def train(
     finally:
         reporter.close()
     if not main_process():
-        raise typer.Exit(_exit_code(outcome))
+        raise typer.Exit(exit_code(outcome.signal))
     if json:
         typer.echo(_as_json(outcome))
     elif outcome.status == "finished":
@@ -78,28 +83,45 @@ def train(
             if outcome.total_steps
             else "while scoring with the reference policy; what is done is kept"
         )
+        again = command_again("train", recipe, overrides or [], [*_moved(runs_dir), "--resume"])
         console.print(
-            f"Stopped {where}. Go on with:\n  {resume_command(recipe, overrides or [], runs_dir)}",
+            f"Stopped {where}. Go on with:\n  {again}",
             markup=False,
             soft_wrap=True,
         )
-    raise typer.Exit(_exit_code(outcome))
+    raise typer.Exit(exit_code(outcome.signal))
 
 
-def resume_command(recipe: str, overrides: list[str], runs_dir: Path | None) -> str:
-    """The command line that goes on with a run."""
-    import os
-    import shlex
+def training_job(loaded: "Recipe", recipe: str, overrides: list[str], options: list[str]) -> Job:
+    """`prefopt train` as something that may want several processes.
 
-    # Under a launcher, each process sees how many there are.
-    launched = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "prefopt_cli"]
-    program = launched if os.environ.get("WORLD_SIZE", "1") != "1" else ["prefopt"]
-    moved = ["--runs-dir", str(runs_dir)] if runs_dir else []
-    return shlex.join([*program, "train", recipe, *overrides, *moved, "--resume"])
+    Args:
+        loaded: the recipe, with its overrides.
+        recipe: its path.
+        overrides: as the command line has them.
+        options: the command line's others.
+    """
+    content = loaded.model_dump(mode="json")
+    for name in OF_A_MACHINE:
+        content["launch"].pop(name)
+    kept = [each for each in options if each not in ("--json", "--debug", "--overwrite", "--resume")]
+    return Job(
+        settings=loaded.launch,
+        arguments=["train", recipe, *overrides, *options],
+        output_dir=loaded.output_dir,
+        use_cpu=bool(loaded.training.get("use_cpu")),
+        content=[content, "--resume" in options, "--overwrite" in options],
+        again=command_again("train", recipe, overrides, [*kept, "--resume"]),
+    )
 
 
-def _exit_code(outcome: "Outcome") -> int:
-    return 0 if outcome.signal is None else SIGNAL_EXIT_BASE + outcome.signal
+def _options(*, resume: bool, overwrite: bool, runs_dir: Path | None, json: bool, debug: bool) -> list[str]:
+    flags = {"--resume": resume, "--overwrite": overwrite, "--json": json, "--debug": debug}
+    return [*_moved(runs_dir), *(name for name, given in flags.items() if given)]
+
+
+def _moved(runs_dir: Path | None) -> list[str]:
+    return ["--runs-dir", str(runs_dir)] if runs_dir else []
 
 
 def _as_json(outcome: "Outcome") -> str:

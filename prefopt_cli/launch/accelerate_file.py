@@ -1,0 +1,116 @@
+"""A configuration of accelerate's, turned into variables by accelerate itself.
+
+Internals of accelerate's launch command are called here and nowhere else; tests/launch/test_accelerate_file.py fails
+loudly when they change.
+"""
+
+import logging
+import os
+import warnings
+from argparse import Namespace
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prefopt_cli.errors import UserError
+
+UNSUPPORTED = ("tpu", "tpu_use_cluster", "use_megatron_lm")
+
+NOT_ENGINES = ("OMP_NUM_THREADS", "PYTHONPATH", "KMP_AFFINITY", "KMP_BLOCKTIME")
+"""What accelerate sets beside; the plan says how many threads a process takes."""
+
+
+@dataclass(frozen=True)
+class AccelerateFile:
+    """What such a file asks for."""
+
+    engine: Literal["ddp", "fsdp", "deepspeed"]
+    processes: int
+    """On each machine."""
+    machines: int
+    machine_rank: int
+    rendezvous: str | None
+    variables: dict[str, str]
+
+
+def read_accelerate_file(path: str) -> AccelerateFile:
+    """Let accelerate read its configuration.
+
+    Args:
+        path: of the YAML file.
+
+    Raises:
+        UserError: accelerate refuses it, or it asks for what prefopt does not train with.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            arguments, defaults, precision_from_file = _parsed(path)
+            return _read(arguments, defaults, precision_from_file, path)
+    except UserError:
+        raise
+    except Exception as error:  # accelerate raises whatever its YAML reader or its classes raise
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"launch.config: {path} is not a configuration that accelerate can use: {words}"
+        ) from error
+
+
+def _parsed(path: str) -> tuple[Namespace, Any, bool]:
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    # The program's name is asked for and not used.
+    arguments = launch_command_parser().parse_args(["--config_file", path, "prefopt"])
+    logger = logging.getLogger("accelerate.commands.launch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it lists the defaults that it took
+    try:
+        parsed: tuple[Namespace, Any, bool] = _validate_launch_command(arguments)
+    finally:
+        logger.setLevel(level)
+    return parsed
+
+
+def _read(arguments: Namespace, defaults: Any, precision_from_file: bool, path: str) -> AccelerateFile:
+    if any(getattr(arguments, name, False) for name in UNSUPPORTED) or not hasattr(
+        defaults, "main_process_ip"
+    ):
+        raise UserError(
+            f"launch.config: {path} asks for what prefopt does not train with; distributed_type may be MULTI_GPU, "
+            "MULTI_CPU, FSDP, DEEPSPEED or NO."
+        )
+    machines, total = int(arguments.num_machines or 1), int(arguments.num_processes or 1)
+    if total % machines:
+        raise UserError(
+            f"launch.config: {path} shares {total} processes (num_processes) among {machines} machines, and they do "
+            "not divide."
+        )
+    rank, host, port = (
+        int(arguments.machine_rank or 0),
+        arguments.main_process_ip,
+        arguments.main_process_port,
+    )
+    return AccelerateFile(
+        engine="deepspeed" if arguments.use_deepspeed else "fsdp" if arguments.use_fsdp else "ddp",
+        processes=total // machines,
+        machines=machines,
+        machine_rank=rank,
+        rendezvous=f"{host}:{port or 29500}" if host and machines > 1 else None,
+        variables=_variables(arguments, defaults, precision_from_file),
+    )
+
+
+def _variables(arguments: Namespace, defaults: Any, precision_from_file: bool) -> dict[str, str]:
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    # Where the machines meet is not its business here: it would try the port, or start DeepSpeed's own launcher.
+    arguments.num_machines, arguments.main_process_port = 1, 0
+    if arguments.use_deepspeed:
+        fields = [*defaults.deepspeed_config, *(["mixed_precision"] if precision_from_file else [])]
+        arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
+        _, environment = prepare_deepspeed_cmd_env(arguments)
+    else:
+        environment = prepare_multi_gpu_env(arguments)
+    changed = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    changed = {name: value for name, value in changed.items() if name not in NOT_ENGINES}
+    on_cpu = getattr(arguments, "use_cpu", False) or arguments.cpu
+    return {**changed, **({"ACCELERATE_USE_CPU": "true"} if on_cpu else {})}

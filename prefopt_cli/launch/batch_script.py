@@ -1,0 +1,57 @@
+"""Pieces of scripts that start a recipe on machines elsewhere: words, names, files."""
+
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.runs import atomic
+
+LONGEST_NAME = 40
+
+
+def words(arguments: Iterable[str]) -> str:
+    """Arguments as a shell reads them again, whatever is in them."""
+    return " ".join(map(shlex.quote, arguments))
+
+
+def job_name(recipe_path: str) -> str:
+    """The recipe's file name, as far as schedulers take it for a name."""
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", Path(recipe_path).stem).strip("-")[:LONGEST_NAME].strip("-")
+    return name if name[:1].isalpha() else f"prefopt-{name}".strip("-")
+
+
+def alone(recipe: Recipe, nodes: int) -> list[str]:
+    """Overrides for one machine, where the recipe says that there are several."""
+    return ["launch.machines=1", "launch.machine_rank=0"] if nodes == 1 < recipe.launch.machines else []
+
+
+def run_manifest(recipe: Recipe) -> str:
+    """The file that is there once the recipe's run has begun."""
+    return str(Path(recipe.output_dir).expanduser() / "manifest.json")
+
+
+def require_one_line(option: str, value: str) -> None:
+    """Refuse what would end a line of a script.
+
+    Raises:
+        UserError: the value is empty or holds control characters.
+    """
+    if not value.strip() or not value.isprintable():
+        raise UserError(f"{option}: expected one line of text, found {value!r}.")
+
+
+def write_script(text: str, output: Path, *, overwrite: bool) -> None:
+    """Write a script to a new file.
+
+    Raises:
+        UserError: the file is there already (and `overwrite` is false), or cannot be written.
+    """
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists and is not overwritten; choose another name, or add --overwrite.")
+    try:
+        atomic.write_text(output, text)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}.") from error

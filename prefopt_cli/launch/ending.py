@@ -1,0 +1,70 @@
+"""How a machine's part in a run ended."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefopt_cli.launch.failures import LONGEST_MESSAGE, Failure
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """One machine's."""
+
+    machine: int
+    host: str
+    exit_code: int = 0
+    signal: int | None = None
+    """That asked it to stop, if one did."""
+    failure: Failure | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the other machines cannot go on."""
+        return self.exit_code != 0
+
+    @property
+    def explains(self) -> bool:
+        """Whether it says more than that something happened elsewhere."""
+        return self.failure is not None and self.failure.kind != "consequence"
+
+    def to_message(self) -> dict[str, Any]:
+        """For the other machines."""
+        return {"type": "end", **asdict(self)}
+
+    @classmethod
+    def from_message(cls, message: dict[str, Any]) -> "Ending":
+        """What another machine says, made fit for a terminal.
+
+        Raises:
+            ValueError: it makes no sense.
+        """
+        try:
+            failure = Failure.from_dict(message["failure"]) if message["failure"] is not None else None
+            machine, code, signal = int(message["machine"]), int(message["exit_code"]), message["signal"]
+            host = CONTROL.sub("?", str(message["host"]))[:256]
+        except (KeyError, TypeError) as error:
+            raise ValueError("not an ending") from error
+        if failure is not None:
+            words = CONTROL.sub("?", failure.message)[:LONGEST_MESSAGE]
+            failure = Failure(words, failure.exit_code, failure.kind, failure.rank, machine, host)
+        return cls(machine, host, code, signal if isinstance(signal, int) else None, failure)
+
+
+def vanished(machine: int, host: str, after: float | None = None) -> Ending:
+    """A machine that said nothing before it went.
+
+    Args:
+        machine: its rank.
+        host: its name.
+        after: seconds of silence; None: its connection closed.
+    """
+    how = (
+        "ended without a word: it was killed, or went down"
+        if after is None
+        else f"has been silent for {after:.0f} s (launch.timeout): it went down, or the network did"
+    )
+    words = f"machine {machine} ({host}) {how}."
+    return Ending(machine, host, 1, None, Failure(words, kind="signal", machine=machine, host=host))

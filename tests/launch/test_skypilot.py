@@ -1,0 +1,228 @@
+"""The task file for SkyPilot: its text, what its scripts really ask for, and how prefopt gets onto the machines."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prefopt_cli.errors import UserError
+from prefopt_cli.launch import installation
+from prefopt_cli.launch.skypilot import SkyOptions, skypilot_task
+from prefopt_cli.recipe import load_recipe
+from tests.cli.conftest import (
+    Prefopt,
+    prefopt,  # noqa: F401  (the fixture)
+)
+from tests.launch import fake_slurm
+
+RECIPE = """\
+model: {name_or_path: sandbox:base}
+dataset: {train: sandbox:helpful}
+method: {name: gpo, beta: 0.1}
+output_dir: /runs/mine
+"""
+
+RECORD = 'import json\njson.dump(sys.argv[1:], open(os.path.join(HERE, "asked"), "w"))\n'
+
+Task = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The present folder, with a recipe."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+@pytest.fixture
+def task(folder: Path) -> Task:
+    """A task as YAML reads it; both of its scripts are sound for bash."""
+
+    def write(*overrides: str, nodes: int = 1, **options: Any) -> dict[str, Any]:
+        path = "my recipe.yaml"
+        text = skypilot_task(
+            path, overrides, load_recipe(path, overrides), SkyOptions(nodes=nodes, **options)
+        )
+        (folder / "task.yaml").write_text(text)
+        found: dict[str, Any] = yaml.safe_load(text)
+        for part in ("setup", "run"):
+            subprocess.run(["bash", "-n"], input=found[part], text=True, check=True)
+        return found
+
+    return write
+
+
+def asked(script: str, folder: Path, **variables: str) -> list[str]:
+    """What the run's script asks prefopt for."""
+    programs = folder / "bin"
+    programs.mkdir(exist_ok=True)
+    fake_slurm.write_program(programs / "prefopt", RECORD)
+    home = folder / "home/prefopt-environment/bin"
+    home.mkdir(parents=True, exist_ok=True)
+    (home / "activate").write_text(f"PATH={programs}:$PATH\n")
+    environment = {**os.environ, **variables, "HOME": str(folder / "home")}
+    subprocess.run(["bash", "-c", script], env=environment, check=True)
+    return list(json.loads((programs / "asked").read_text()))
+
+
+def test_what_is_asked_of_the_cloud(task: Task) -> None:
+    found = task(
+        nodes=2,
+        accelerators="H100:8",
+        cloud="gcp/us-central1",
+        spot=True,
+        disk_size=500,
+        mounts=["/runs=s3://bucket", "~/data=/home/me/data"],
+    )
+    assert found["name"] == "my-recipe"
+    assert found["num_nodes"] == 2
+    assert found["workdir"] == "."
+    assert found["resources"] == {
+        "accelerators": "H100:8",
+        "infra": "gcp/us-central1",
+        "use_spot": True,
+        "disk_size": 500,
+    }
+    mounts = found["file_mounts"]
+    assert mounts["/runs"] == {"source": "s3://bucket", "mode": "MOUNT"}
+    assert mounts["~/data"] == "/home/me/data"
+
+
+def test_one_machine(task: Task, folder: Path) -> None:
+    override = "dataset.train={source: 'sandbox:helpful'}"
+    found = task(override, accelerators="A100:4")
+    assert asked(found["run"], folder, SKYPILOT_NUM_GPUS_PER_NODE="4") == [
+        *("train", "my recipe.yaml", override, "launch.processes=4"),
+    ]
+
+
+def test_several_machines_and_a_run_that_has_begun(task: Task, folder: Path) -> None:
+    out = folder / "out"
+    out.mkdir()
+    (out / "manifest.json").write_text("{}")
+    found = task(f"output_dir={out}", nodes=2)
+    variables = {
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5",
+    }
+    assert asked(found["run"], folder, **variables) == [
+        *("train", "my recipe.yaml", f"output_dir={out}", "launch.machines=2"),
+        *("launch.rendezvous=10.0.0.4:29500", "launch.machine_rank=1", "--resume"),
+    ]
+
+
+def test_torch_comes_first_and_of_the_version_at_hand(task: Task) -> None:
+    lines = [line for line in task()["setup"].splitlines() if line.startswith("pip install")]
+    torch = metadata.version("torch").partition("+")[0]
+    assert lines[0] == f"pip install torch=={torch}"
+    for name in ("trl", "transformers", "peft", "accelerate"):
+        assert f" {name}=={metadata.version(name)}" in lines[1]
+
+
+@pytest.mark.parametrize(
+    ("record", "requirement", "copied"),
+    [
+        ("{}", "prefopt==", False),
+        (
+            '{"url": "https://x/y.git", "vcs_info": {"vcs": "git", "commit_id": "abc"}}',
+            "git+https://x",
+            False,
+        ),
+        ('{"url": "file:///SOURCE", "dir_info": {"editable": true}}', "", True),
+        ('{"url": "file:///gone", "dir_info": {}}', "prefopt==", False),
+        ("damaged", "prefopt==", False),
+    ],
+)
+def test_prefopt_comes_from_where_it_came_from_here(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, record: str, requirement: str, copied: bool
+) -> None:
+    source = tmp_path / "a folder"
+    source.mkdir()
+    (source / "pyproject.toml").write_text("")
+
+    class Distribution:
+        def read_text(self, name: str) -> str:
+            assert name == "direct_url.json"
+            return record.replace("/SOURCE", str(source).replace(" ", "%20"))
+
+    monkeypatch.setattr(installation.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(installation.metadata, "distribution", lambda name: Distribution())
+    found = installation.installation()
+    assert requirement in found.prefopt
+    assert found.folder == (source if copied else None)
+
+
+def test_a_source_folder_is_copied_unless_it_is_the_present_one(
+    task: Task, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = folder / "source"
+    monkeypatch.setattr(installation, "_origin", lambda: (source, ""))
+    found = task()
+    assert found["file_mounts"] == {"~/prefopt-source": str(source)}
+    assert found["setup"].splitlines()[-2].endswith(" ~/prefopt-source")
+    monkeypatch.setattr(installation, "_origin", lambda: (folder, ""))
+    found = task()
+    assert "file_mounts" not in found
+    assert found["setup"].splitlines()[-2].endswith(" .")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"accelerators": "8 of them"}, "--accelerators: expected"),
+        ({"mounts": ["bucket"]}, "--mount: expected"),
+        ({"cloud": "a\nb"}, "--cloud: expected one line"),
+    ],
+)
+def test_what_skypilot_does_not_understand(task: Task, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as raised:
+        task(**options)
+    assert words in str(raised.value)
+
+
+def test_a_recipe_that_would_not_be_copied(folder: Path) -> None:
+    (folder / "below").mkdir()
+    os.chdir(folder / "below")
+    recipe = load_recipe("../my recipe.yaml")
+    with pytest.raises(UserError) as raised:
+        skypilot_task("../my recipe.yaml", (), recipe, SkyOptions(nodes=1))
+    assert "outside the present folder" in str(raised.value)
+
+
+def test_the_command_writes_a_new_file(folder: Path, prefopt: Prefopt) -> None:  # noqa: F811
+    path = "my recipe.yaml"
+    printed = prefopt("launch", "skypilot", path)
+    assert printed.code == 0
+    assert yaml.safe_load(printed.out)["num_nodes"] == 1
+    assert prefopt("launch", "skypilot", path, "-o", "task.yaml").code == 0
+    assert (folder / "task.yaml").read_text() == printed.out
+    refused = prefopt("launch", "skypilot", path, "-o", "task.yaml", "--nodes", "2")
+    assert refused.code == 2
+    assert (folder / "task.yaml").read_text() == printed.out
+
+
+def test_several_machines_must_share_the_run_folder(folder: Path, prefopt: Prefopt) -> None:  # noqa: F811
+    several = prefopt("launch", "skypilot", "my recipe.yaml", "--nodes", "2")
+    assert "mount a bucket" in several.err
+    mounted = prefopt("launch", "skypilot", "my recipe.yaml", "--nodes", "2", "--mount", "/runs=s3://bucket")
+    assert mounted.err == ""
+
+
+def test_skypilot_reads_it(task: Task, folder: Path) -> None:
+    """SkyPilot's own reader and its own schema, where it is installed."""
+    sky = pytest.importorskip("sky", reason="SkyPilot is not installed (pip install skypilot)")
+    task("method.beta=0.3", nodes=2, accelerators="H100:8", cloud="aws", spot=True, disk_size=200)
+    found = sky.Task.from_yaml(str(folder / "task.yaml"))
+    assert found.num_nodes == 2
+    (resources,) = found.resources
+    assert resources.accelerators == {"H100": 8}
+    assert resources.use_spot
+    assert "prefopt train" in found.run

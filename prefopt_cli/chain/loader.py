@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from prefopt_cli.chain import checks
+from prefopt_cli.chain.launch_checks import launch_problems
 from prefopt_cli.chain.merging import Merged, merge
 from prefopt_cli.chain.methods import fill_in
 from prefopt_cli.chain.settings import Chain, ChainStage
@@ -65,6 +66,7 @@ def _stages(document: Document, problems: list[Problem]) -> tuple[ChainStage, ..
         recipe = _recipe(document, merged, entry, dimensions, problems)
         if before is not None and recipe is not None:
             problems += _placed(checks.adapter_problems(before, recipe), merged, ())
+            problems += _placed(launch_problems(before, recipe), merged, ())
         if recipe is not None and recipe.dimension is not None:
             stages.append(ChainStage(index + 1, recipe.dimension, recipe))
         before = recipe

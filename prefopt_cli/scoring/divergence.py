@@ -26,9 +26,16 @@ class HeadStates:
     hidden: Tensor
     """(M, H) outputs of the backbone."""
     weight: Tensor
-    """(V, H) the head itself, not a copy."""
+    """(V, H) the head itself, not a copy unless the model is sharded."""
     bias: Tensor | None
     """(V,) or None."""
+
+
+def kept_states(hidden: Tensor, weight: Tensor, bias: Tensor | None, *, sharded: bool) -> HeadStates:
+    """States that outlast the forward pass: of a sharded model the head is only lent to it, so it is copied."""
+    if sharded:
+        weight, bias = weight.detach().clone(), None if bias is None else bias.detach().clone()
+    return HeadStates(hidden, weight, bias)
 
 
 class TokenDivergence(NamedTuple):

@@ -59,6 +59,7 @@ def score_frozen(
     padding_id: int = 0,
     batch_examples: int | None = None,
     progress: Progress | None = None,
+    together: bool = False,
 ) -> FrozenScores:
     """Score the responses of all examples; what the cache knows is not computed again.
 
@@ -75,6 +76,7 @@ def score_frozen(
         padding_id: id that fills rows up.
         batch_examples: at most so many prompts in a batch (besides the limit of `BATCH_TOKENS`).
         progress: told how many of the missing responses are done, in this process's share.
+        together: whether every batch takes all processes, each of which has a part of the model's weights.
     """
     start = time.perf_counter()
     keys = [
@@ -90,7 +92,9 @@ def score_frozen(
     parts = [part for group in missing for part in _parts(group, layout, budget)]
     batches = list(_batches(parts, layout, budget, batch_examples))
     share = batches[state.process_index :: state.num_processes]
-    scorer = _Scorer(model, layout, autocast, padding_id)
+    if together and len(share) * state.num_processes < len(batches):
+        share.append(batches[-1])  # once more, so that nobody waits
+    scorer = _Scorer(model, layout, autocast, padding_id, halves=not together)
     computed, tokens = _compute(scorer, share, policy, cache, progress)
     for part in gather_object([computed]):
         scores.update(part)
@@ -176,6 +180,7 @@ class _Scorer:
     layout: Layout
     autocast: Callable[[], AbstractContextManager[Any]]
     padding_id: int
+    halves: bool = True
 
     def logps(self, batch: Sequence[_Missing]) -> dict[bytes, float]:
         """Log-probabilities by key; a batch that is too much for the device's memory is halved.
@@ -186,11 +191,13 @@ class _Scorer:
         try:
             return self._at_once(batch)
         except torch.OutOfMemoryError as error:
-            if len(batch) == 1:
+            if len(batch) == 1 or not self.halves:
+                what = "a single prompt" if len(batch) == 1 else f"{len(batch)} prompts"
                 raise PrefoptError(
-                    "The accelerator's memory is exhausted while scoring with the reference policy, with a single "
-                    f"prompt of {batch[0][1].tokens} tokens with its responses. A shorter dataset.max_length, a "
-                    "smaller model or a half-precision one need less."
+                    f"The accelerator's memory is exhausted while scoring with the reference policy, with {what} of "
+                    f"{sum(example.tokens for _, example in batch)} tokens with the responses. A smaller "
+                    "training.precompute_ref_batch_size, a shorter dataset.max_length, a smaller model or a "
+                    "half-precision one need less."
                 ) from error
         torch.cuda.empty_cache()
         middle = len(batch) // 2
@@ -223,7 +230,7 @@ def _compute(
             cache.write(policy, list(done), list(done.values()))
             scores.update(done)
             if progress:
-                progress(len(scores), total)
+                progress(min(len(scores), total), total)
     finally:
         scorer.model.train(training)
     return scores, sum(example.tokens for batch in batches for _, example in batch)

@@ -6,18 +6,19 @@ hold several copies of a tile of 4096 x 32768 logits; the function here works in
 
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.scoring.chunks import HeadGradients, Numerics, slices
-from prefopt_cli.scoring.divergence import HeadStates, token_divergence
+from prefopt_cli.scoring.divergence import HeadStates, kept_states, token_divergence
 
 CHUNK_ELEMENTS = 2**21
 """Logits in a chunk: 8 MiB in float32, so that its passes find it in the processor's cache."""
@@ -112,19 +113,38 @@ def add_response_head(model: Any) -> None:
         responses = hidden.flatten(0, 1).index_select(0, predicting)
         # Where peft keeps several heads, these are attributes of the one that is active now.
         head = self.get_output_embeddings()
-        weight, bias = head.weight, head.bias
-        if states_only:
-            return HeadStates(responses, weight, bias)
-        with maybe_gather_lm_head_ctx(*(p for p in (weight, bias) if p is not None)):
-            if reference is None:
+
+        def at_head(responses: Tensor) -> Any:
+            weight, bias = head.weight, head.bias
+            with maybe_gather_lm_head_ctx(*(p for p in (weight, bias) if p is not None)):
+                if states_only:
+                    sharded = any(isinstance(each, FSDPModule) for each in (self, head))
+                    return kept_states(responses, weight, bias, sharded=sharded or hasattr(weight, "ds_id"))
+                if reference is not None:
+                    return token_divergence(
+                        responses, weight, targets, reference, bias, scale=scale, softcap=softcap
+                    )
                 scores = token_scores(responses, weight, targets, bias, scale=scale, softcap=softcap)
                 return (
                     scores if passages is None else ScoresAndStates(scores, pooled(hidden, passages, pooling))
                 )
-            return token_divergence(responses, weight, targets, reference, bias, scale=scale, softcap=softcap)
+
+        return _in_its_own_call(head, at_head, responses)
 
     model.forward = types.MethodType(forward, model)
     model.scores_responses = True
+
+
+def _in_its_own_call(head: Any, function: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """``function(hidden)``, where FSDP has gathered the head's weights: it does so when the head is called."""
+    if not isinstance(head, FSDPModule):
+        return function(hidden)
+    module: Any = head
+    module.forward = function
+    try:
+        return module(hidden)
+    finally:
+        del module.forward
 
 
 def pooled(hidden: Tensor, passages: Tensor, pooling: Pooling) -> Tensor:

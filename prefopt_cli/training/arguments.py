@@ -1,6 +1,5 @@
 """From a recipe's `training:` to TRL's `DPOConfig`."""
 
-import os
 from contextlib import suppress
 from typing import Any
 
@@ -82,15 +81,8 @@ def _require_devices(args: DPOConfig) -> None:
     """Refuse what needs other devices than this process sees."""
     if args.activation_offloading and args.device.type == "cpu":
         raise UserError("training.activation_offloading: needs a GPU; set it to false.")
-    for engine, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
-        if os.environ.get(variable, "false").lower() == "true":
-            raise UserError(
-                f"The launcher asks for {engine}, which is not available in this version. Use torchrun, or an "
-                "accelerate configuration with distributed_type: MULTI_GPU (or MULTI_CPU)."
-            )
     if args.n_gpu > 1:
         raise UserError(
-            f"{args.n_gpu} GPUs are visible to one process, which can use one. Name it, as in "
-            "CUDA_VISIBLE_DEVICES=0 prefopt train ..., or start one process for each: "
-            f"torchrun --nproc-per-node {args.n_gpu} -m prefopt_cli train ..."
+            f"{args.n_gpu} GPUs are visible to one process, which can use one. Train on all of them with "
+            "launch.processes=auto, or name one, as in CUDA_VISIBLE_DEVICES=0 prefopt train ..."
         )

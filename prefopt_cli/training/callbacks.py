@@ -14,6 +14,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, rotate_checkpoints
 
+from prefopt_cli.launch import worker
 from prefopt_cli.runs import atomic, metrics
 from prefopt_cli.runs.folder import CHECKPOINT_MARK, RunFolder
 from prefopt_cli.training.reporting import Reporter
@@ -190,12 +191,13 @@ class Stopping(TrainerCallback):
             control.should_training_stop = True
 
     def _asked(self, device: torch.device) -> bool:
-        asked = self._stop.asked()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return asked
-        flag = torch.tensor(int(asked), device=device)
-        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-        return bool(flag)
+            return self._stop.asked()
+        signal_number = torch.tensor(self._stop.received or 0, device=device)
+        torch.distributed.all_reduce(signal_number, torch.distributed.ReduceOp.MAX)
+        # It may have come to some of them only, as on one of several machines; all end the run alike.
+        self._stop.received = self._stop.received or int(signal_number) or None
+        return self._stop.asked()
 
 
 def _ends_epoch(state: TrainerState) -> bool:
@@ -225,6 +227,8 @@ class OnlyLoad(TrainerCallback):
 def stopping_gently() -> Iterator[StopSignal]:
     """Ctrl-C or SIGTERM within the block lets the step or evaluation end; a second one stops at once.
 
+    Under prefopt's launcher both come through it, as SIGINT, and it says so itself.
+
     Raises:
         KeyboardInterrupt: the signal came twice.
     """
@@ -237,11 +241,14 @@ def stopping_gently() -> Iterator[StopSignal]:
         if stop.asked():
             raise KeyboardInterrupt
         stop.received = number
+        if worker.launched():
+            return
         # Drawing is not safe inside a signal handler; writing to the descriptor is.
         with contextlib.suppress(OSError):
             os.write(2, b"\nStopping as soon as what is being computed is done; once more to stop at once.\n")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = (signal.SIGINT,) if worker.launched() else (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, handle) for number in heard}
     try:
         yield stop
     finally:

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from prefopt_cli.data.sources import looks_like_hub_id
-from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.recipe.schema import QuantizationSettings, Recipe
 
 CITATIONS = {
     "gpo": """@inproceedings{tang2024generalized,
@@ -69,6 +69,7 @@ def model_card(recipe: Recipe, recipe_yaml: str, manifest: dict[str, Any]) -> st
         "## Lineage",
         f"- Starting policy: {lineage['policy']}\n- Reference policy: {lineage['reference']}\n"
         f"- What was trained: {'an adapter' if adapter else 'all weights'}",
+        *_loading(recipe, lineage),
         "## Data",
         _receipt_table(manifest["receipt"]),
         "## Recipe",
@@ -94,6 +95,45 @@ def _front_matter(recipe: Recipe, lineage: dict[str, Any], adapter: bool) -> dic
     if hub_sets:
         front["datasets"] = hub_sets
     return front
+
+
+def _loading(recipe: Recipe, lineage: dict[str, Any]) -> list[str]:
+    """How the adapter is put on the weights that it was trained on; plain peft takes unquantised ones unasked."""
+    if not lineage.get("quantization"):
+        return []
+    quantization = QuantizationSettings.model_validate(lineage["quantization"])
+    base = [f'"{lineage["weights"]}"', f'dtype="{recipe.model.dtype}"', "quantization_config=quantization"]
+    if recipe.model.revision is not None and not Path(lineage["weights"]).exists():
+        base.append(f'revision="{recipe.model.revision}"')
+    return [
+        "## Loading",
+        f"The adapter was trained on the base model's weights in {quantization.bits} bits, and is this policy on these "
+        "alone. `prefopt merge` makes one plain model of both.",
+        "```python\n"
+        "import torch\n"
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, BitsAndBytesConfig\n\n"
+        f"quantization = BitsAndBytesConfig({_in_code(quantization)})\n"
+        f"base = AutoModelForCausalLM.from_pretrained({', '.join(base)})\n"
+        'policy = PeftModel.from_pretrained(base, ".")  # the folder of this file\n'
+        "```",
+    ]
+
+
+def _in_code(quantization: QuantizationSettings) -> str:
+    """The settings as arguments in Python."""
+    skipped = (
+        f", llm_int8_skip_modules={[*quantization.skip_modules, 'lm_head']}"
+        if quantization.skip_modules
+        else ""
+    )
+    if quantization.bits == 8:
+        return f"load_in_8bit=True, llm_int8_threshold={quantization.threshold}{skipped}"
+    return (
+        f'load_in_4bit=True, bnb_4bit_quant_type="{quantization.quant_type}", '
+        f"bnb_4bit_use_double_quant={quantization.double_quant}, "
+        f"bnb_4bit_compute_dtype=torch.{quantization.compute_dtype}{skipped}"
+    )
 
 
 def _receipt_table(receipt: dict[str, Any]) -> str:

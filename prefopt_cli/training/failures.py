@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import torch
 
 from prefopt_cli.errors import PrefoptError
+from prefopt_cli.launch.connection import CONNECTION_LOST, is_connection_loss
 from prefopt_cli.runs.folder import RunFolder
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -24,10 +25,10 @@ NO_SPACE_WORDS = (
 
 @contextmanager
 def explained(run: RunFolder) -> Iterator[None]:
-    """Turn a full disk and exhausted memory into messages that say what to do.
+    """Turn a full disk, exhausted memory and a lost process into messages that say what to do.
 
     Raises:
-        PrefoptError: in place of either.
+        PrefoptError: in their place.
     """
     try:
         yield
@@ -38,6 +39,8 @@ def explained(run: RunFolder) -> Iterator[None]:
             "training.gradient_checkpointing: true, a shorter dataset.max_length or a LoRA adapter need less."
         ) from error
     except Exception as error:
+        if is_connection_loss(error):
+            raise PrefoptError(CONNECTION_LOST) from error
         if not _is_disk_full(error):
             raise
         last = run.last_checkpoint()

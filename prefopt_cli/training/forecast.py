@@ -66,11 +66,10 @@ def forecast(recipe: Recipe, objective: Objective, prepared: Prepared, device: D
     layout = Layout() if reason else packed_layouts(model, device)[0]
     lengths = row_lengths(prepared.tokens.train)
     size = training_field(given, "per_device_train_batch_size")
-    batches, heavy, unscored = draw_batches(lengths, size), lengths, None
+    batches, unscored = draw_batches(lengths, size), None
     if degrees := degree_settings(recipe):
         versions = versions_in(prepared.tokens.train), len(lengths), degrees.levels_per_step
         unscored = Unscored(*(draw_batches(each, size) for each in expected_versions(*versions)))
-        heavy = np.hstack((lengths, longest_versions(*versions)))
     reference = reference_use(recipe, objective)
     savings = predict_savings(
         batches,
@@ -81,9 +80,7 @@ def forecast(recipe: Recipe, objective: Objective, prepared: Prepared, device: D
         kept=KEPT_BYTES // (FLOAT32_BYTES * _head(model).size(0)) if device == "cpu" else 0,
         unscored=unscored,
     )
-    heaviest = [
-        blank(row, lengths.shape[1]) for row in heaviest_batch(draw_batches(heavy, size), packed=not reason)
-    ]
+    heaviest = heaviest_examples(recipe, prepared, size, packed=not reason)
     packing = Packing(
         **vars(savings),
         packed=not reason,
@@ -92,6 +89,16 @@ def forecast(recipe: Recipe, objective: Objective, prepared: Prepared, device: D
         heaviest_tokens=layout.batch(heaviest, 0)["input_ids"].numel(),
     )
     return Forecast(packing, layout, heaviest)
+
+
+def heaviest_examples(recipe: Recipe, prepared: Prepared, size: int, *, packed: bool) -> list[Example]:
+    """See `Forecast.heaviest`; of batches of so many rows, in either layout."""
+    lengths = heavy = row_lengths(prepared.tokens.train)
+    if degrees := degree_settings(recipe):
+        versions = versions_in(prepared.tokens.train), len(lengths), degrees.levels_per_step
+        heavy = np.hstack((lengths, longest_versions(*versions)))
+    rows = heaviest_batch(draw_batches(heavy, size), packed=packed)
+    return [blank(row, lengths.shape[1]) for row in rows]
 
 
 def padding_reason(recipe: Recipe, prepared: Prepared) -> str | None:

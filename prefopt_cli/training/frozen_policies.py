@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
 from trl import DPOConfig
 
 from prefopt_cli.models import loading
 from prefopt_cli.models.policy import PolicySource
+from prefopt_cli.models.quantising import computed_as
 from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.scoring.cache import Policy, ScoreCache, response_key
 from prefopt_cli.scoring.choice import Requested, choose_layout
@@ -23,6 +24,7 @@ from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
 from prefopt_cli.scoring.policy_digest import policy_digest
 from prefopt_cli.training.batches import examples_of
+from prefopt_cli.training.engines import agreed, engine, is_sharded, shard
 from prefopt_cli.training.preparation import training_field
 from prefopt_cli.training.reporting import Reporter
 
@@ -57,6 +59,7 @@ def score_sets(
     reporter: Reporter,
     task: str,
     stopping: Callable[[], bool] = lambda: False,
+    digest: str | None = None,
 ) -> SetScores:
     """Score every response of the sets, with all processes; what the cache holds is read.
 
@@ -70,16 +73,19 @@ def score_sets(
         reporter: told of progress, under the name `task`, and of trouble with the cache.
         task: what is being done.
         stopping: whether a signal has asked the run to stop.
+        digest: of the policy, where it is known; a sharded model has none.
 
     Raises:
         ScoringStopped: it has; what was scored until then is in the cache.
     """
     examples = [example for rows in sets.values() for example in examples_of(rows)]
-    digest = policy_digest(model, numerics=numerics(args))
+    sharded = is_sharded(model)
+    digest = digest or shared_digest(model, args)
+    asked = agreed(stopping, args.device) if sharded else stopping
 
     def progress(done: int, total: int) -> None:
         reporter.progress(task, done, total)
-        if stopping():
+        if asked():
             raise ScoringStopped
 
     try:
@@ -94,6 +100,7 @@ def score_sets(
                 padding_id=padding_id,
                 batch_examples=args.precompute_ref_batch_size,
                 progress=progress,
+                together=sharded,
             )
     except RuntimeError as error:
         if stopping():  # another process has left first, while this one waited for its scores
@@ -133,7 +140,9 @@ def score_policy(
         UserError: the policy cannot be loaded.
         ScoringStopped: see `score_sets`.
     """
-    with loaded(source, recipe, args) as model:
+    with loaded(source, recipe, args, placed=False) as model:
+        digest = shared_digest(model, args, sharded=shards(recipe))
+        model = on_device(model, recipe, args)
         examples = [example for rows in sets.values() for example in examples_of(rows)]
         layout = agreed_layout(
             model,
@@ -152,7 +161,36 @@ def score_policy(
             reporter=reporter,
             task=task,
             stopping=stopping,
+            digest=digest,
         )
+
+
+def shared_digest(model: nn.Module, args: DPOConfig, *, sharded: bool = False) -> str:
+    """The digest of a whole policy, computed by the main process for all.
+
+    Args:
+        model: the policy, with its weights at least in the main process.
+        args: training arguments, for the precision.
+        sharded: whether it will be asked in parts.
+    """
+    held = [policy_digest(model, numerics=numerics(args, sharded=sharded)) if args.process_index == 0 else ""]
+    broadcast_object_list(held, from_process=0)
+    return held[0]
+
+
+def shards(recipe: Recipe) -> bool:
+    """Whether the run's policies are taken apart before anything is computed with them: where all weights are trained.
+
+    Under an adapter the policy stays whole, in its checkpoint's type, until the trainer has added the adapter.
+    """
+    return engine() == "fsdp" and recipe.adapter == "none"
+
+
+def on_device(model: nn.Module, recipe: Recipe, args: DPOConfig) -> nn.Module:
+    """A loaded policy where it is computed: whole in every process, or in parts."""
+    if getattr(model, "is_quantized", False):  # quantised weights are where they were loaded to
+        return model
+    return shard(model, args) if shards(recipe) else model.to(args.device)
 
 
 def unscored(source: PolicySource, recipe: Recipe, sets: Sets, args: DPOConfig) -> tuple[int, int]:
@@ -174,10 +212,13 @@ def unscored(source: PolicySource, recipe: Recipe, sets: Sets, args: DPOConfig) 
 
 
 @contextmanager
-def loaded(source: PolicySource, recipe: Recipe, args: DPOConfig) -> Iterator[nn.Module]:
-    """A policy on the run's device within the block, loaded as a run of the recipe would load it as its start."""
-    model = loading.load_model(source, recipe.model, recipe.adapter, frozen=True)
-    if not getattr(model, "is_quantized", False):  # quantised weights are where they were loaded to
+def loaded(
+    source: PolicySource, recipe: Recipe, args: DPOConfig, *, placed: bool = True
+) -> Iterator[nn.Module]:
+    """A policy within the block, loaded as a run of the recipe would load its start; `placed`: on its device."""
+    source = computed_as(source, recipe)
+    model = loading.load_model(source, recipe.model, recipe.adapter, frozen=True, device=args.device)
+    if placed and not getattr(model, "is_quantized", False):
         model = model.to(args.device)
     try:
         yield model.eval().requires_grad_(False)
@@ -190,8 +231,9 @@ def loaded(source: PolicySource, recipe: Recipe, args: DPOConfig) -> Iterator[nn
 
 @contextmanager
 def set_aside(model: nn.Module, args: DPOConfig) -> Iterator[None]:
-    """Make room on an accelerator within the block, where other policies are scored; quantised weights stay."""
-    moves = args.device.type != "cpu" and not getattr(model, "is_quantized", False)
+    """Make room on an accelerator within the block, where other policies are scored; quantised and sharded weights stay."""
+    stays = getattr(model, "is_quantized", False) or is_sharded(model)
+    moves = args.device.type != "cpu" and not stays
     if moves:
         model.to("cpu")
         torch.cuda.empty_cache()
@@ -217,9 +259,13 @@ def agreed_layout(
     return layout
 
 
-def numerics(args: DPOConfig) -> dict[str, str]:
-    """What decides a log-probability besides the policy and the tokens."""
+def numerics(args: DPOConfig, *, sharded: bool = False) -> dict[str, str]:
+    """What decides a log-probability besides the policy and the tokens.
+
+    FSDP casts all weights to half precision; autocast by itself leaves norms and embeddings as they are.
+    """
     return {
+        **({"engine": "fsdp"} if sharded and (args.bf16 or args.fp16) else {}),
         "autocast": "bf16" if args.bf16 else "fp16" if args.fp16 else "none",
         "device": args.device.type,
         "matmul": f"{torch.get_float32_matmul_precision()}, tf32 {torch.backends.cuda.matmul.allow_tf32}",

@@ -5,26 +5,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 
 from prefopt_cli.models.policy import describe_reference
-from prefopt_cli.recipe.schema import LoraAdapter, Recipe
+from prefopt_cli.models.quantising import require_quantisation
+from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.degree_inspection import DegradedResponse, first_degraded
-from prefopt_cli.training.extent import prompt_lengths
-from prefopt_cli.training.forecast import Forecast, Packing, checkpoints_layers, forecast
-from prefopt_cli.training.memory import MemoryEstimate, Precision, Reference, Sampling, estimate_memory
+from prefopt_cli.training.forecast import Packing, forecast
+from prefopt_cli.training.memory import MemoryEstimate
+from prefopt_cli.training.memory_engines import processes_of
+from prefopt_cli.training.memory_fit import Budget, Fit, fit
+from prefopt_cli.training.memory_recipe import RecipeMemory
 from prefopt_cli.training.objectives import find_objective, require_sound
-from prefopt_cli.training.preparation import (
-    Prepared,
-    degree_settings,
-    prepare,
-    sampling_settings,
-    training_field,
-)
+from prefopt_cli.training.preparation import Prepared, prepare, sampling_settings, training_field
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.row_text import pieces, side_of
 
@@ -76,13 +72,18 @@ class Inspection:
     memory: MemoryEstimate
     sampling: SamplingPlan | None
     device: Device
+    processes: int
     rows_per_step: int
+    """In each process."""
     steps: int
     notes: list[str]
+    fit: Fit | None = None
+    """Whether the run fits a budget of memory, and how it would; None where none was given."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {**asdict(self), "memory": {**asdict(self.memory), "total": self.memory.total}}
+        fits = self.fit.to_dict() if self.fit else None
+        return {**asdict(self), "memory": self.memory.to_dict(), "fit": fits}
 
 
 def inspect(
@@ -93,6 +94,7 @@ def inspect(
     device: Device | None = None,
     pairs: int = 2,
     runs: RunFinder | None = None,
+    budget: Budget | None = None,
 ) -> Inspection:
     """Do all of a run but load its weights and train.
 
@@ -103,12 +105,13 @@ def inspect(
         device: where the run is to take place; None stands for this machine's.
         pairs: how many pairs (or lists) to show token by token.
         runs: finds the runs of earlier stages, also moved ones.
+        budget: memory that the run is to fit.
 
     Raises:
         UserError: what would stop `prefopt train`, with the same message.
     """
     run = RunFolder(Path(recipe.output_dir).expanduser())
-    notes = _output_notes(run)
+    notes = [*_output_notes(run), *_engine_notes(recipe)]
     require_sound(recipe.method, recipe_folder)
     prepared = prepare(recipe, reporter, runs)
     objective = find_objective(recipe.method, recipe_folder, prepared.ancestry)
@@ -116,13 +119,16 @@ def inspect(
     here: Device = "cuda" if torch.cuda.is_available() and not given.get("use_cpu") else "cpu"
     device = device or here
     if device == here:  # what another machine can do is not known here
+        require_quantisation(recipe)
         training_arguments(recipe, run, evaluates=bool(prepared.tokens.eval))
     per_step = training_field(given, "per_device_train_batch_size") * training_field(
         given, "gradient_accumulation_steps"
     )
     ahead = forecast(recipe, objective, prepared, device)
-    sampling = _sampling(recipe, prepared)
-    memory = _memory(recipe, prepared, ahead, device, sampling)
+    gpus = budget.gpus if budget else None
+    memory = RecipeMemory(recipe, prepared, objective, ahead.layout, device, gpus)
+    estimate = memory.estimate(recipe)
+    processes = processes_of(recipe, gpus)
     return Inspection(
         method=objective.description,
         reference=None
@@ -132,12 +138,14 @@ def inspect(
         masks=_masks(prepared, pairs),
         degrees=first_degraded(prepared.tokens.train, prepared.tokenizer) if pairs else None,
         packing=ahead.packing,
-        memory=memory,
-        sampling=_sampling_plan(recipe, prepared, ahead, device, memory, sampling),
+        memory=estimate,
+        sampling=_sampling_plan(recipe, prepared, memory, estimate),
         device=device,
+        processes=processes,
         rows_per_step=per_step,
-        steps=_steps(given, len(prepared.tokens.train), per_step),
+        steps=_steps(given, len(prepared.tokens.train), processes),
         notes=notes,
+        fit=fit(recipe, memory, budget) if budget else None,
     )
 
 
@@ -149,6 +157,20 @@ def _output_notes(run: RunFolder) -> list[str]:
         ]
     run.require_free(overwrite=False)
     return []
+
+
+def _engine_notes(recipe: Recipe) -> list[str]:
+    """What the memory of shared models is not known to be."""
+    launch, notes = recipe.launch, []
+    if launch.config is not None:
+        notes.append(
+            f"launch.config ({launch.config}) is used as it is; the estimate knows only what the recipe itself says."
+        )
+    if launch.engine == "deepspeed":
+        notes.append(
+            "The memory of DeepSpeed is reckoned with its default buckets, and has not been measured."
+        )
+    return notes
 
 
 def _masks(prepared: Prepared, count: int) -> list[MaskedResponse]:
@@ -164,75 +186,28 @@ def _masks(prepared: Prepared, count: int) -> list[MaskedResponse]:
     return masks
 
 
-def _sampling(recipe: Recipe, prepared: Prepared) -> Sampling | None:
-    """The heaviest draw: of the longest prompts, every sample running into the limit."""
+def _sampling_plan(
+    recipe: Recipe, prepared: Prepared, memory: RecipeMemory, estimate: MemoryEstimate
+) -> SamplingPlan | None:
     regularizer = sampling_settings(recipe)
     if regularizer is None or prepared.sampling is None:
         return None
-    lengths = np.sort(prompt_lengths(prepared.sampling.rows))[::-1]
-    return Sampling(
-        tuple(np.resize(lengths[: regularizer.num_prompts], regularizer.num_prompts).tolist()),
-        prepared.sampling.max_new_tokens,
-    )
-
-
-def _sampling_plan(
-    recipe: Recipe,
-    prepared: Prepared,
-    ahead: Forecast,
-    device: Device,
-    memory: MemoryEstimate,
-    sampling: Sampling | None,
-) -> SamplingPlan | None:
-    regularizer = sampling_settings(recipe)
-    if sampling is None or regularizer is None or prepared.sampling is None:
-        return None
-    without = _memory(recipe, prepared, ahead, device, None)
     return SamplingPlan(
         prompts=len(prepared.sampling.rows),
         per_draw=regularizer.num_prompts,
         every=regularizer.sample_every,
         max_new_tokens=prepared.sampling.max_new_tokens,
-        extra_memory=memory.total - without.total,
+        extra_memory=estimate.total - memory.estimate(recipe, samples=False).total,
     )
 
 
-def _memory(
-    recipe: Recipe, prepared: Prepared, ahead: Forecast, device: Device, sampling: Sampling | None
-) -> MemoryEstimate:
-    """Of the heaviest batch of an epoch in random order: the run's peak is there or thereabouts."""
-    given = recipe.training
-    return estimate_memory(
-        prepared.skeleton,
-        ahead.heaviest,
-        ahead.layout,
-        reference=_reference_kind(recipe, ahead, sampling),
-        optimizer=training_field(given, "optim"),
-        mixed_precision=_precision(given, device),
-        gradient_checkpointing=checkpoints_layers(given),
-        gradient_accumulation_steps=training_field(given, "gradient_accumulation_steps"),
-        device=device,
-        sampling=sampling,
-        degrees=degree_settings(recipe),
-    )
-
-
-def _reference_kind(recipe: Recipe, ahead: Forecast, sampling: Sampling | None) -> Reference:
-    if ahead.packing.reference != "every step" and sampling is None:
-        return "none"
-    return "adapter_disabled" if isinstance(recipe.adapter, LoraAdapter) else "copy"
-
-
-def _precision(given: dict[str, Any], device: Device) -> Precision:
-    if given.get("fp16"):
-        return "fp16"
-    return "bf16" if given.get("bf16", device == "cuda") else "no"
-
-
-def _steps(given: dict[str, Any], rows: int, per_step: int) -> int:
+def _steps(given: dict[str, Any], rows: int, processes: int) -> int:
+    """As many as training takes; every process has its share of the batches."""
     if training_field(given, "max_steps") > 0:
         return int(given["max_steps"])
-    batches = rows / training_field(given, "per_device_train_batch_size")
-    batches = math.floor(batches) if given.get("dataloader_drop_last") else math.ceil(batches)
+    down = given.get("dataloader_drop_last")
+    batches: float = rows / training_field(given, "per_device_train_batch_size")
+    for parts in (1, processes):
+        batches = math.floor(batches / parts) if down else math.ceil(batches / parts)
     per_epoch = max(math.ceil(batches / training_field(given, "gradient_accumulation_steps")), 1)
     return math.ceil(per_epoch * training_field(given, "num_train_epochs"))

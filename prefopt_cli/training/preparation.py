@@ -16,9 +16,11 @@ from prefopt_cli.models import loading
 from prefopt_cli.models.adapters import is_stacked
 from prefopt_cli.models.ancestry import Ancestry, find_ancestry
 from prefopt_cli.models.policy import PolicySource, find_policy
+from prefopt_cli.models.quantising import computing_device, numbers_note, quantised_start
 from prefopt_cli.recipe.schema import (
     TAKE_LISTS,
     LoraAdapter,
+    QuantizationSettings,
     Recipe,
     Regularizer,
     SelfSupervisedSettings,
@@ -83,6 +85,8 @@ def prepare(recipe: Recipe, reporter: Reporter, runs: RunFinder | None = None) -
     if not source.is_local:  # without a connection the hub's client takes its time to give up
         reporter.message(f"Looking for {source.weights} in the hub's cache and on the hub.")
     config = loading.load_config(source, recipe.model)
+    source = quantised_start(source, recipe, config)
+    _tell_numbers(source, recipe, reporter)
     require_states(recipe, config)
     skeleton = loading.on_meta_device(source, recipe.model, recipe.adapter, stacked=stacks(recipe, source))
     tokenizer = loading.load_tokenizer(source, recipe.model)
@@ -110,6 +114,17 @@ def prepare(recipe: Recipe, reporter: Reporter, runs: RunFinder | None = None) -
         place = f"{place_of_alignment(recipe.method)}.regularizer"
         prompts = sampling_prompts(regularizer, place, config, tokens, reporter)
     return Prepared(source, config, skeleton, tokenizer, tokens, prompts, ancestry)
+
+
+def _tell_numbers(source: PolicySource, recipe: Recipe, reporter: Reporter) -> None:
+    """What the recipe does not say of the weights' quantisation."""
+    if isinstance(recipe.quantization, QuantizationSettings):
+        if source.quantization is None:
+            reporter.message(
+                f"The weights of {source.place} are quantised already, and are used as they are."
+            )
+        elif note := numbers_note(source.quantization, recipe.quantization, computing_device(recipe)):
+            reporter.message(note)
 
 
 def sampling_settings(recipe: Recipe) -> Regularizer | None:

@@ -5,11 +5,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+from trl import DPOConfig
+
 from prefopt_cli.models.ancestry import as_ancestor
 from prefopt_cli.models.policy import PolicySource, describe_reference, fingerprint, merge_record
 from prefopt_cli.recipe.schema import Recipe, dimension_of
 from prefopt_cli.runs import environment
 from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.training.engines import engine
 from prefopt_cli.training.preparation import Prepared
 
 MANIFEST_FORMAT = 1
@@ -21,7 +24,7 @@ def now() -> str:
 
 
 def first_manifest(
-    recipe: Recipe, prepared: Prepared, *, figures: dict[str, Any], recipe_folder: Path, processes: int
+    recipe: Recipe, prepared: Prepared, *, figures: dict[str, Any], recipe_folder: Path, args: DPOConfig
 ) -> dict[str, Any]:
     """The manifest of a run that is about to start.
 
@@ -30,7 +33,7 @@ def first_manifest(
         prepared: policy and data.
         figures: what was found out about the method; see `prefopt_cli.training.objectives`.
         recipe_folder: where the recipe lies; a user's own f is looked for there again on resume.
-        processes: how many train together.
+        args: the training arguments, which know how many processes train together.
     """
     return {
         "format": MANIFEST_FORMAT,
@@ -42,7 +45,9 @@ def first_manifest(
         "machine": environment.machine(),
         "git": environment.git_revision(Path.cwd()),
         "recipe_folder": str(recipe_folder.resolve()),
-        "processes": processes,
+        "processes": args.world_size,
+        "engine": engine(),
+        "rows_per_step": args.train_batch_size * args.world_size * args.gradient_accumulation_steps,
         "seeds": {"training": recipe.training.get("seed", 42), "dataset": recipe.dataset.seed},
         "lineage": _lineage(recipe, prepared),
         "method": {**recipe.method.model_dump(), **figures},
@@ -54,7 +59,10 @@ def first_manifest(
 def exported_fingerprint(run: RunFolder, prepared: Prepared) -> str:
     """The fingerprint of the policy that a run has just exported."""
     is_adapter = (run.model / "adapter_config.json").is_file()
-    source = PolicySource(prepared.source.weights, run.model) if is_adapter else PolicySource(str(run.model))
+    source = PolicySource(str(run.model))
+    if is_adapter:
+        below = prepared.source
+        source = PolicySource(below.weights, run.model, quantization=below.quantization)
     return fingerprint(source, getattr(prepared.config, "_commit_hash", None))
 
 
@@ -66,6 +74,7 @@ def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "name": source.name,
         "weights": _absolute(source.weights) if source.is_local else source.weights,
         "adapter": _absolute(source.adapter) if source.adapter else None,
+        "quantization": source.quantization.model_dump() if source.quantization else None,
         "fingerprint": own,
         "reference": describe_reference(source, recipe.adapter, stacked=prepared.stacked),
         "weights_fingerprint": fingerprint(PolicySource(source.weights), commit),

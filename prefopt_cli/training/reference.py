@@ -51,6 +51,7 @@ def with_reference(
     run: RunFolder,
     *,
     precomputes: bool,
+    digest: str | None = None,
 ) -> Prepared:
     """The data as training needs it: with `REFERENCE_COLUMNS`, unless every step is to compute them.
 
@@ -69,7 +70,7 @@ def with_reference(
             "longest sequence of the batch."
         )
         return prepared
-    tokens, scores = with_reference_scores(prepared, model, args, layout, reporter, stopping)
+    tokens, scores = with_reference_scores(prepared, model, args, layout, reporter, stopping, digest)
     if args.process_index == 0:
         figures = {"responses": scores.responses, "computed": scores.computed}
         run.update_manifest(reference_scores=figures)
@@ -83,6 +84,7 @@ def with_reference_scores(
     layout: Layout,
     reporter: Reporter,
     stopping: Callable[[], bool],
+    digest: str | None = None,
 ) -> tuple[TokenizedData, FrozenScores]:
     """The tokenised data with `REFERENCE_COLUMNS`, from the cache or from the model as it is at the start.
 
@@ -93,6 +95,7 @@ def with_reference_scores(
         layout: the layout that `model` is prepared for.
         reporter: told of progress and of trouble with the cache.
         stopping: whether a signal has asked the run to stop.
+        digest: of the model, where that is sharded.
 
     Raises:
         ScoringStopped: it has; what was scored until then is in the cache.
@@ -109,6 +112,7 @@ def with_reference_scores(
         reporter=reporter,
         task=TASK,
         stopping=stopping,
+        digest=digest,
     )
     scored: dict[str, Dataset] = {}
     for name, rows in sets.items():

@@ -13,6 +13,9 @@ from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs.folder import CHECKPOINT_MARK, RunFolder
 from prefopt_cli.training.trainer import PreferenceTrainer
 
+SPLITS = {"training.per_device_train_batch_size", "training.gradient_accumulation_steps"}
+"""How a step's rows are shared out; with as many rows in all, the steps are the same up to rounding."""
+
 MAY_CHANGE = {"output_dir"} | {  # a moved run folder is still the same run
     f"training.{name}"
     for name in (
@@ -40,12 +43,21 @@ def require_resumable(run: RunFolder, recipe: Recipe) -> None:
     """
     if not run.is_run():
         raise UserError(f"There is no run in {run.path} to resume. Start it without --resume.")
-    changed = [key for key in diff_recipes(load_recipe(run.recipe), recipe) if key not in MAY_CHANGE]
+    changed = [
+        key
+        for key in diff_recipes(load_recipe(run.recipe), recipe)
+        if key not in MAY_CHANGE | _splits(recipe) and not key.startswith("launch")
+    ]
     if changed:
         raise UserError(
             f"The run in {run.path} began with another recipe ({', '.join(changed)} differ), so going on would mix "
             f"two runs. Use its own recipe ({run.recipe}), or start a new run in another output_dir."
         )
+
+
+def _splits(recipe: Recipe) -> set[str]:
+    """Those that may change: weights mu are relative to the rows that go through the policy together."""
+    return SPLITS if getattr(recipe.method.alignment, "mu", "none") == "none" else set()
 
 
 def require_same_start(run: RunFolder, manifest: dict[str, Any]) -> None:
@@ -56,7 +68,7 @@ def require_same_start(run: RunFolder, manifest: dict[str, Any]) -> None:
         manifest: the manifest that a new run would begin with here and now.
 
     Raises:
-        UserError: the data, the starting policy, the user's own f or the number of processes differs.
+        UserError: the data, the starting policy, the user's own f, the engine or the rows of a step differ.
     """
     before = run.read_manifest()
     where = f"the run in {run.path} began"
@@ -76,17 +88,43 @@ def require_same_start(run: RunFolder, manifest: dict[str, Any]) -> None:
     if method.get("f") != before["method"].get("f"):
         loss = method.get("align", method)["loss"]
         raise UserError(f"The function {loss} has changed since {where}. {remedy}")
-    if manifest["processes"] != before["processes"]:
+    _require_same_steps(run, before, manifest)
+
+
+def _require_same_steps(run: RunFolder, before: dict[str, Any], manifest: dict[str, Any]) -> None:
+    """Each checkpoint of an engine that shards has the parts of its processes; DDP's are whole.
+
+    Raises:
+        UserError: the engine differs, the processes of one that shards do, or the rows of a step do.
+    """
+    engines = before.get("engine", "ddp"), manifest["engine"]
+    processes = before["processes"], manifest["processes"]
+    if engines[0] != engines[1]:
         raise UserError(
-            f"{manifest['processes']} process(es) cannot go on with what {before['processes']} began: the batches and "
-            f"their order would differ. Start {before['processes']}."
+            f"The run in {run.path} began with launch.engine: {engines[0]}, whose checkpoints {engines[1]} cannot "
+            f"read. Go on with engine: {engines[0]}."
+        )
+    if engines[0] != "ddp" and processes[0] != processes[1]:
+        raise UserError(
+            f"{processes[1]} process(es) cannot go on with the checkpoints that {processes[0]} wrote together with "
+            f"launch.engine: {engines[0]}. Start {processes[0]}."
+        )
+    # Runs of earlier versions do not say how many rows a step had.
+    rows = before.get("rows_per_step"), manifest["rows_per_step"]
+    same = rows[0] == rows[1] if rows[0] else processes[0] == processes[1]
+    if not same:
+        raise UserError(
+            f"{processes[1]} process(es) with the recipe's batches train on {rows[1]} rows in a step, and the run in "
+            f"{run.path} began with {rows[0] or 'those of ' + str(processes[0]) + ' processes'}. Choose "
+            "training.per_device_train_batch_size and gradient_accumulation_steps so that these times the number of "
+            "processes are the same as then."
         )
 
 
 def manifest_to_go_on_with(run: RunFolder, manifest: dict[str, Any]) -> dict[str, Any]:
-    """The run's own manifest, with the versions of a new run's; for arguments and errors see `require_same_start`."""
+    """The run's own manifest, with versions and processes of a new run's; see `require_same_start` for the rest."""
     require_same_start(run, manifest)
-    return {**run.read_manifest(), "versions": manifest["versions"]}
+    return {**run.read_manifest(), "versions": manifest["versions"], "processes": manifest["processes"]}
 
 
 def finished_steps(checkpoint: Path) -> TrainerState | None:

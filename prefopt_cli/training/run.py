@@ -1,6 +1,5 @@
 """One training run, from a recipe to a run folder."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -12,20 +11,32 @@ from trl import DPOConfig
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.models import loading
-from prefopt_cli.models.adapters import stack_adapter
 from prefopt_cli.models.policy import describe_reference
+from prefopt_cli.models.quantising import require_quantisation
 from prefopt_cli.recipe import dump_recipe
-from prefopt_cli.recipe.schema import LoraAdapter, Recipe
+from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs import atomic, metrics
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training import callbacks
 from prefopt_cli.training.arguments import training_arguments
+from prefopt_cli.training.building import build_trainer
 from prefopt_cli.training.card import model_card
+from prefopt_cli.training.engines import (
+    require_engine,
+    require_exportable,
+    whole_models,
+)
 from prefopt_cli.training.export import export_policy
 from prefopt_cli.training.failures import explained
-from prefopt_cli.training.frozen_policies import ScoringStopped, set_aside
+from prefopt_cli.training.frozen_policies import (
+    ScoringStopped,
+    on_device,
+    set_aside,
+    shards,
+    shared_digest,
+)
 from prefopt_cli.training.objectives import Objective, find_objective, precomputes, require_sound
 from prefopt_cli.training.outcome import Outcome, already_finished, outcome_of
 from prefopt_cli.training.preparation import Prepared, own_prompts, prepare
@@ -39,7 +50,7 @@ from prefopt_cli.training.resume import (
     require_resumable,
     restore_progress,
 )
-from prefopt_cli.training.trainer import REFERENCE_COLUMNS, PreferenceTrainer
+from prefopt_cli.training.trainer import PreferenceTrainer
 
 
 def train(
@@ -78,30 +89,36 @@ def train(
         recipe_folder = Path(before["recipe_folder"])
     else:
         run.require_free(overwrite=overwrite)
+    require_engine()
     require_sound(recipe.method, recipe_folder)
+    require_quantisation(recipe)
     prepared = prepare(recipe, reporter, runs)
     objective = find_objective(recipe.method, recipe_folder, prepared.ancestry)
     reporter.message(f"Method: {objective.description}.")
     _require_elsewhere(run, recipe, prepared)
+    require_exportable(prepared.skeleton)
     args = training_arguments(recipe, run, evaluates=bool(prepared.tokens.eval))
     manifest = first_manifest(
-        recipe, prepared, figures=objective.figures, recipe_folder=recipe_folder, processes=args.world_size
+        recipe, prepared, figures=objective.figures, recipe_folder=recipe_folder, args=args
     )
     if resume:
         manifest = manifest_to_go_on_with(run, manifest)
-    model = loading.load_model(prepared.source, recipe.model, recipe.adapter, frozen=prepared.stacked)
     if objective.reference != "none":
         reference = describe_reference(prepared.source, recipe.adapter, stacked=prepared.stacked)
         reporter.message(f"Reference policy: {reference}.")
-    with explained(run):
-        layout = layout_for(model.to(args.device), recipe, prepared, args)
+    with whole_models(args), explained(run):
+        model, digest = _loaded(recipe, prepared, objective, args)
+        layout = layout_for(model, recipe, prepared, args)
     reporter.message(layout.note)
     main_process = args.process_index == 0
     open_run = _opened(run, recipe, manifest, resume=resume, overwrite=overwrite)
     card = model_card(recipe, dump_recipe(recipe), manifest)
     with explained(run), open_run if main_process else nullcontext(), callbacks.stopping_gently() as stop:
         try:
-            prepared = _with_scores(prepared, recipe, objective, model, args, layout, reporter, stop, run)
+            with whole_models(args):
+                prepared = _with_scores(
+                    prepared, recipe, objective, model, args, layout, reporter, stop, run, digest
+                )
         except ScoringStopped:
             outcome = Outcome(run, "interrupted", step=0, total_steps=0, signal=stop.received)
         else:
@@ -117,6 +134,18 @@ def train(
     return replace(outcome, signal=stop.received)
 
 
+def _loaded(
+    recipe: Recipe, prepared: Prepared, objective: Objective, args: DPOConfig
+) -> tuple[Any, str | None]:
+    """The policy on its device, and its digest where it is taken apart there."""
+    model: Any = loading.load_model(
+        prepared.source, recipe.model, recipe.adapter, frozen=prepared.stacked, device=args.device
+    )
+    scores = shards(recipe) and precomputes(recipe, objective)
+    digest = shared_digest(model, args, sharded=True) if scores else None
+    return on_device(model, recipe, args), digest
+
+
 def _with_scores(
     prepared: Prepared,
     recipe: Recipe,
@@ -127,10 +156,13 @@ def _with_scores(
     reporter: Reporter,
     stop: callbacks.StopSignal,
     run: RunFolder,
+    digest: str | None,
 ) -> Prepared:
     """The data with what frozen policies find of it: the reference, and those of earlier stages."""
     use = precomputes(recipe, objective)
-    prepared = with_reference(prepared, model, args, layout, reporter, stop.asked, run, precomputes=use)
+    prepared = with_reference(
+        prepared, model, args, layout, reporter, stop.asked, run, precomputes=use, digest=digest
+    )
     if prepared.ancestry is None:
         return prepared
     with set_aside(model, args):
@@ -159,45 +191,6 @@ def _run_trainer(
     if checkpoint is not None:
         trainer.args.eval_on_start = False  # the start was evaluated when the run began
     return outcome_of(_train(trainer, run, checkpoint), run, stop)
-
-
-def build_trainer(
-    recipe: Recipe,
-    prepared: Prepared,
-    model: Any,
-    args: DPOConfig,
-    objective: Objective,
-    card: str,
-    layout: Layout | None = None,
-    samples_file: Path | None = None,
-) -> PreferenceTrainer:
-    """The method's trainer, with a reference policy where one is asked while training; it may choose the layout."""
-    scored = set(REFERENCE_COLUMNS) <= set(prepared.tokens.train.column_names)
-    # An adapter needs no second model: the reference is the model without it, or with a frozen copy of it.
-    copies = not (scored or objective.reference == "none" or isinstance(recipe.adapter, LoraAdapter))
-    sampling: dict[str, Any] = {}
-    if objective.reference == "samples":
-        sampling = {
-            "sampling": prepared.sampling,
-            "stop_ids": prepared.tokens.stop_ids,
-            "samples_file": samples_file,
-        }
-    new_adapter = loading.new_adapter(prepared.source, recipe.adapter)
-    if prepared.stacked and isinstance(recipe.adapter, LoraAdapter):  # which TRL would not add to another
-        model = stack_adapter(model, loading.adapter_config(recipe.adapter), args.seed)
-    return objective.trainer(
-        **objective.arguments,
-        model=model,
-        ref_model=copy.deepcopy(model) if copies else None,
-        args=args,
-        train_dataset=prepared.tokens.train,
-        eval_dataset=prepared.tokens.eval,
-        processing_class=prepared.tokenizer,
-        peft_config=new_adapter,
-        card=card,
-        layout=layout,
-        **sampling,
-    )
 
 
 def _train(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Path | None) -> TrainerState:
@@ -238,7 +231,8 @@ def _opened(
     with run.held():
         if resume:
             callbacks.remove_unfinished(run.checkpoints)
-            run.update_manifest(status="running", versions=manifest["versions"], ended=None, error=None)
+            going_on = {name: manifest[name] for name in ("versions", "processes")}
+            run.update_manifest(status="running", **going_on, ended=None, error=None)
             atomic.write_text(run.recipe, dump_recipe(recipe))
         else:
             run.create(manifest, dump_recipe(recipe), overwrite=overwrite)

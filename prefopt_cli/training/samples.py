@@ -133,7 +133,9 @@ class SampleWindow:
         return {"drawn_at": self._drawn_at, "by_process": gather_object([own])}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up this process's samples of a checkpoint."""
+        """Take up this process's samples of a checkpoint; other ones are drawn where other processes wrote it."""
+        if len(state["by_process"]) != self._trainer.args.world_size:
+            return
         own = state["by_process"][self._trainer.args.process_index]
         self._drawn_at = state["drawn_at"]
         self._samples = [Sample(row, tokens) for row, tokens in own]

@@ -11,6 +11,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopP
 
 from prefopt_cli.errors import PrefoptError
 from prefopt_cli.scoring.forward import at_rest, plain_model
+from prefopt_cli.training.engines import is_sharded
 
 
 def sample_responses(
@@ -33,7 +34,8 @@ def sample_responses(
 
     Args:
         model: a causal language model of transformers, peft's wrapper (whose active adapter takes part) or not, on
-            its device; not wrapped for several processes.
+            its device; not wrapped for several processes, unless it is sharded by FSDP: every process must call this
+            then, with prompts of its own.
         prompts: tokens of each, at least one.
         max_new_tokens: a response that has not stopped by then is cut off, and has no stop token.
         stop_ids: tokens any of which ends a response; it is part of it.
@@ -53,13 +55,16 @@ def sample_responses(
     if not all(map(len, prompts)):
         raise PrefoptError("A policy cannot answer a prompt without tokens: nothing predicts the first one.")
     plain = plain_model(model)
+    # All processes must go on as long as any does: each has a part of every weight.
+    sharded = is_sharded(model)
+    writer: Any = model if sharded else plain
     shared = isinstance(seed, int)
     settings = _settings(max_new_tokens, stop_ids, padding_id, temperature, top_p, draws=shared)
     with at_rest(model), _ready_to_generate(plain), _random_stream(plain, seed), autocast():
         inputs = _left_padded(prompts, padding_id, plain.device)
         if not isinstance(seed, int) and temperature > 0:
             inputs["logits_processor"] = _own_streams(seed, temperature, top_p, plain.device)
-        made: Tensor = plain.generate(**inputs, generation_config=settings)
+        made: Tensor = writer.generate(**inputs, generation_config=settings, synced_gpus=sharded)
     return [_until_stop(tokens, stop_ids) for tokens in made[:, inputs["input_ids"].size(1) :].tolist()]
 
 

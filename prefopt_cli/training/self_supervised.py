@@ -5,22 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import DPOConfig
 
 from prefopt_cli.recipe.schema import SelfSupervisedSettings
 from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_responses
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training.degree_batches import DegreeCollator, EpochCount
+from prefopt_cli.training.head_optimizer import HeadOptimizer
 from prefopt_cli.training.row_metrics import RowMetrics
 from prefopt_cli.training.trainer import PreferenceTrainer
-
-HEAD_FILE = "degree_head.safetensors"
-"""The classifier head in a checkpoint."""
-
 
 HEAD_STEP = 1.0
 """Default learning rate of the head, times the hidden size: a step of Adam then moves a logit by about a typical entry
@@ -63,7 +58,9 @@ class SelfSupervisedTrainer(PreferenceTrainer):
         nn.init.zeros_(self.degree_head.weight)
         nn.init.zeros_(self.degree_head.bias)
         self.add_callback(EpochCount(self.data_collator))
-        self.add_callback(_HeadGradients(self.degree_head))
+        rate = degrees.head_learning_rate or HEAD_STEP / self.degree_head.in_features
+        self.head_optimizer = HeadOptimizer(self, self.degree_head, rate)
+        self.add_callback(self.head_optimizer)
 
     @classmethod
     def beside(cls, alignment: type[PreferenceTrainer]) -> type["SelfSupervisedTrainer"]:
@@ -87,15 +84,6 @@ class SelfSupervisedTrainer(PreferenceTrainer):
             return super().get_eval_dataloader(eval_dataset)
         finally:
             self.data_collator = training
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """With the head in groups of its own, at its own learning rate; the schedule is that of all."""
-        optimizer = super().create_optimizer(model)
-        rate = self.degrees.head_learning_rate or HEAD_STEP / self.degree_head.in_features
-        for name, parameter in self.degree_head.named_parameters():
-            decay = self.args.weight_decay if name == "weight" else 0.0
-            optimizer.add_param_group({"params": [parameter], "lr": rate, "weight_decay": decay})
-        return optimizer
 
     def score_policy(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> ResponseScores:
         """Scores of the K responses under the policy; the states of all versions are kept for the degree loss."""
@@ -160,34 +148,10 @@ class SelfSupervisedTrainer(PreferenceTrainer):
     def progress_state(self, folder: Path) -> dict[str, Any]:
         """With the head, in a file of its own."""
         if self.is_world_process_zero():
-            save_file(self.degree_head.state_dict(), folder / HEAD_FILE)
+            self.head_optimizer.save(folder)
         return super().progress_state(folder)
 
     def load_progress_state(self, state: Mapping[str, Any], folder: Path) -> None:
         """Every process takes up the head."""
         super().load_progress_state(state, folder)
-        self.degree_head.load_state_dict(load_file(folder / HEAD_FILE))
-
-
-class _HeadGradients(TrainerCallback):
-    """The head is no part of the model, so nobody else averages its gradients over processes, nor clears them."""
-
-    def __init__(self, head: nn.Module) -> None:
-        self._head = head
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Average them, in all processes."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return
-        for parameter in self._head.parameters():
-            if parameter.grad is not None:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= torch.distributed.get_world_size()
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Clear them: the step has been taken."""
-        self._head.zero_grad()
+        self.head_optimizer.load(folder)

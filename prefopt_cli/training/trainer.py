@@ -26,6 +26,7 @@ from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_respo
 from prefopt_cli.scoring.head import add_response_head
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training.batches import ComparisonCollator, Lists, examples_of, padding_id
+from prefopt_cli.training.engines import AbsentReference, engines_on_any_device
 from prefopt_cli.training.extent import longest_row
 from prefopt_cli.training.guard import FiniteGuard
 from prefopt_cli.training.metrics import EvalMeans, TrainMeans
@@ -91,7 +92,7 @@ class PreferenceTrainer(DPOTrainer):
         collator = self.make_collator(self.padding_id, args)
         super().__init__(
             model=model,
-            ref_model=_Absent(model.config) if absent else ref_model,
+            ref_model=AbsentReference(model.config) if absent else ref_model,
             args=args,
             data_collator=collator,
             train_dataset=_numbered(train_dataset),
@@ -108,7 +109,12 @@ class PreferenceTrainer(DPOTrainer):
         collator.layout = self.layout
         for each in (self.model, self.ref_model):
             if each is not None:
-                self.layout.prepare(each)
+                self.layout.prepare(self.accelerator.unwrap_model(each))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """With all engines on the CPU too."""
+        with engines_on_any_device():
+            super().create_accelerator_and_postprocess()
 
     def make_collator(self, padding_id: int, args: DPOConfig) -> ComparisonCollator:
         """What makes rows into batches; it gets its layout when that is chosen."""
@@ -238,6 +244,15 @@ class PreferenceTrainer(DPOTrainer):
         logs.update({f"{prefix}{name}": value for name, value in means.items()})
         super().log(logs, start_time)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """With the folder there, even where an engine writes its parts of the weights only later.
+
+        The library takes a checkpoint for the best one only if its folder is there by now.
+        """
+        if output_dir is not None and self.is_world_process_zero():
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+        super().save_model(output_dir, _internal_call)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Put prefopt's card beside the checkpoints instead of TRL's draft."""
         if self.is_world_process_zero() and self._card:
@@ -273,18 +288,6 @@ def _are_scored(sets: list[Dataset]) -> bool:
     if len(scored) > 1:
         raise ValueError(f"{' and '.join(REFERENCE_COLUMNS)} must be in all sets or in none")
     return scored.pop()
-
-
-class _Absent(nn.Module):
-    """Stands where TRL wants a reference model that nothing will ask."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-
-    def forward(self) -> None:
-        """Is not called."""
-        raise NotImplementedError
 
 
 def _numbered(dataset: Dataset) -> Dataset:

@@ -25,6 +25,26 @@ pytestmark = pytest.mark.slow
 
 PAIRS_PER_STEP = 4
 
+ENGINES = {
+    "ddp": {},
+    "fsdp": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    },
+    **{
+        f"zero{stage}": {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage),
+            "DS_ACCELERATOR": "cpu",
+        }
+        for stage in (1, 2, 3)
+    },
+}
+"""What a launcher's environment says of each."""
+
 SAME_TEXTS = """\
 import sys
 
@@ -50,6 +70,7 @@ def launch(
     name: str = "run",
     program: tuple[str, ...] = ("-m", "prefopt_cli"),
     reference: bool = True,
+    engine: str = "ddp",
 ) -> tuple[Path, str]:
     """Train with a global batch of 4 rows, in one process or in several over gloo, with a cache for each number.
 
@@ -67,6 +88,8 @@ def launch(
     command = [*launcher, *program, "train", str(recipe), "training.eval_on_start=true", *extra]
     command.append(f"training.per_device_train_batch_size={PAIRS_PER_STEP // processes}")
     variables = {**environment(), "PREFOPT_CACHE": str(folder / f"cache{processes}")}
+    if processes > 1:
+        variables |= ENGINES[engine]
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     # Only the first process speaks.

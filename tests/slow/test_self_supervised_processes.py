@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from prefopt_cli.runs import metrics
 from prefopt_cli.runs.folder import RunFolder
-from prefopt_cli.training.self_supervised import HEAD_FILE
+from prefopt_cli.training.head_optimizer import saved_head
 from tests.slow.test_processes import assert_alike, figures, train
 from tests.tiny import write_pairs
 from tests.training.conftest import LORA
@@ -31,7 +31,7 @@ SOFT = '{"name": "soft", "alpha": 0.5, "kl_coef": 0}'
 
 
 def head(run: Path) -> Any:
-    return load_file(run / "checkpoints" / "checkpoint-6" / HEAD_FILE)
+    return saved_head(run / "checkpoints" / "checkpoint-6")
 
 
 def assert_alike_with_heads(one: Path, two: Path, *, weights: str = "model.safetensors") -> None:

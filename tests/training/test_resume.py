@@ -217,10 +217,14 @@ def test_refusals(run: Run, tiny_world: Path, tmp_path: Path) -> None:
         run("run", f"dataset.train={own}", resume=True)
     own.write_text("\n".join(rows))
     stopped = RunFolder(tmp_path / "run")
-    stopped.update_manifest(processes=2)
-    with pytest.raises(UserError, match="cannot go on with what 2 began"):
+    with pytest.raises(UserError, match=r"train on 2 rows in a step.* began with 4"):
+        run("run", f"dataset.train={own}", "training.per_device_train_batch_size=2", resume=True)
+    stopped.update_manifest(engine="fsdp")
+    with pytest.raises(UserError, match=r"began with launch\.engine: fsdp"):
         run("run", f"dataset.train={own}", resume=True)
-    stopped.update_manifest(processes=1)
+    stopped.update_manifest(
+        engine="ddp", processes=2
+    )  # with as many rows in a step: DDP's checkpoints are whole
     resumed = run("run", f"dataset.train={own}", "training.save_total_limit=1", resume=True)
     assert resumed.status == "finished"
 

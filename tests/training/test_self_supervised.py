@@ -25,11 +25,12 @@ from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.degree_checks import require_metric
 from prefopt_cli.training.guard import FiniteGuard, NotFiniteError
+from prefopt_cli.training.head_optimizer import HEAD_FILE, saved_head
 from prefopt_cli.training.objectives import Objective, find_objective
 from prefopt_cli.training.preparation import prepare
 from prefopt_cli.training.reporting import Silent
 from prefopt_cli.training.run import build_trainer
-from prefopt_cli.training.self_supervised import HEAD_FILE, SelfSupervisedTrainer
+from prefopt_cli.training.self_supervised import SelfSupervisedTrainer
 from tests.cli.conftest import Prefopt, prefopt  # noqa: F401 - a fixture
 from tests.scoring.build import relative
 from tests.tiny import write_pairs
@@ -61,7 +62,7 @@ def logged(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def head_of(run: RunFolder, step: int = 6) -> dict[str, Tensor]:
-    return load_file(run.checkpoints / f"checkpoint-{step}" / HEAD_FILE)
+    return saved_head(run.checkpoints / f"checkpoint-{step}")
 
 
 @pytest.fixture(scope="module")
@@ -174,8 +175,8 @@ def test_with_weight_zero_the_head_has_no_gradient(make_recipe: MakeRecipe) -> N
 def test_the_heads_default_rate_goes_by_the_width_of_its_states(make_recipe: MakeRecipe) -> None:
     """1 / hidden size; the tiny model has 32 states."""
     trainer = make_trainer(make_recipe("run", beside(GPO, head_learning_rate="null")), layout=PIECES)
-    trainer.create_optimizer()
-    assert trainer.optimizer.param_groups[-1]["lr"] == pytest.approx(1 / 32)
+    trainer.create_optimizer_and_scheduler(num_training_steps=6)
+    assert trainer.head_optimizer.learning_rate == pytest.approx(1 / 32)
 
 
 def test_the_objective_is_the_sum(shared_run: Run) -> None:
@@ -497,7 +498,7 @@ def test_the_head_is_saved_in_checkpoints_and_nowhere_else(
     (weights,) = outcome.run.model.glob("*.safetensors")
     assert not [name for name in load_file(weights) if "head" in name and "lm_head" not in name]
     for folder in outcome.run.checkpoints.glob("checkpoint-*"):
-        head = load_file(folder / HEAD_FILE)
+        head = saved_head(folder)
         assert {name: tuple(each.shape) for name, each in head.items()} == {"weight": (4, 32), "bias": (4,)}
         (policy,) = set(folder.glob("*.safetensors")) - {folder / HEAD_FILE}
         assert not [name for name in load_file(policy) if "degree" in name]
@@ -540,16 +541,11 @@ def test_its_learning_rate_follows_the_schedule(make_recipe: MakeRecipe) -> None
     schedule = ("training.learning_rate=1e-3", "training.warmup_steps=2", "training.lr_scheduler_type=cosine")
     trainer = make_trainer(make_recipe("run", beside(GPO, head_learning_rate=0.02), *schedule))
     trainer.create_optimizer_and_scheduler(num_training_steps=6)
-    head = {id(parameter) for parameter in trainer.degree_head.parameters()}
-    groups = trainer.optimizer.param_groups
-    own = [group for group in groups if head & {id(each) for each in group["params"]}]
-    assert {id(each) for group in own for each in group["params"]} == head
+    trainer.optimizer.step()  # which the schedule expects before it moves on
     rates = []
     for _ in range(6):
-        (rate,) = {group["lr"] for group in own}
-        assert rate == pytest.approx(20 * groups[0]["lr"], rel=1e-9)
-        rates.append(rate)
-        trainer.optimizer.step()
+        rates.append(trainer.head_optimizer.learning_rate)
+        assert rates[-1] == pytest.approx(20 * trainer.optimizer.param_groups[0]["lr"], rel=1e-9)
         trainer.lr_scheduler.step()
     assert rates[:3] == pytest.approx([0, 0.01, 0.02])
     assert rates[3:] == sorted(rates[3:], reverse=True)

@@ -6,6 +6,7 @@
     python -m benchmarks.throughput --join A.json B.json    # one report of what several runs measured
     python -m benchmarks.throughput --device cuda --dtype bfloat16 --hidden 896 --intermediate 4864 --layers 24 \\
         --heads 14 --kv-heads 2 --vocabulary 151936 --sets length-512 length-2048 length-4096 --batches 8
+    ... --lora-rank 16 --bits 4                      # the same with QLoRA
 
 Three trainers take turns on the same batches, from the same weights: prefopt with reference scores from its cache;
 TRL with reference scores computed before training; TRL as it comes, with a reference pass in every step. Sets of pairs:

@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers.trainer_callback import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from benchmarks.throughput_subject import PairSet, Subject, load_policy, tokenizer_of
+from benchmarks.throughput_subject import PairSet, Subject, adapter, load_policy, tokenizer_of
 from prefopt_cli.recipe.schema import GPOSettings
 from prefopt_cli.training.gpo import GPOTrainer
 
@@ -94,10 +94,11 @@ def build_trainer(
             train_dataset=tokens,
             eval_dataset={},
             processing_class=tokenizer_of(folder),
+            peft_config=adapter(subject),
         )
     precompute = name == PRECOMPUTED
     # Scores of the policy itself are computed with the policy: no second model then.
-    alone = precompute and reference == "model"
+    alone = (precompute and reference == "model") or subject.lora_rank > 0
     trainer = TimedDPOTrainer(
         model=model,
         ref_model=None if alone else load_policy(folder, subject, reference),
@@ -106,6 +107,7 @@ def build_trainer(
         ),
         train_dataset=Dataset.from_list(pairs.rows),
         processing_class=tokenizer_of(folder),
+        peft_config=adapter(subject),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

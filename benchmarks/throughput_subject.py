@@ -17,10 +17,18 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 from prefopt_cli import data
+from prefopt_cli.models.quantised import keep_trainable
 from prefopt_cli.recipe.schema import DatasetSettings
 from prefopt_cli.scoring.cache import Policy, ScoreCache
 from prefopt_cli.scoring.choice import choose_layout
@@ -57,6 +65,10 @@ class Subject:
     device: str = "cpu"
     learning_rate: float = 1e-5
     gradient_checkpointing: bool = False
+    lora_rank: int = 0
+    """Of adapters on all linear layers; 0: all weights are trained. The reference is the policy without them."""
+    bits: int = 0
+    """Of the weights under the adapters: 4 (NF4, scales in 8 bits too) or 8; 0: as they are."""
 
 
 @dataclass(frozen=True)
@@ -117,8 +129,34 @@ def train_tokenizer(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
 
 
 def load_policy(folder: Path, subject: Subject, name: str = "model") -> Any:
-    """The policy or, by the name `reference`, its reference; on the CPU."""
-    return AutoModelForCausalLM.from_pretrained(folder / name, dtype=WEIGHTS[subject.dtype])
+    """The policy or, by the name `reference`, its reference; on the CPU, or where weights in few bits are computed."""
+    if not subject.bits:
+        return AutoModelForCausalLM.from_pretrained(folder / name, dtype=WEIGHTS[subject.dtype])
+    compute = torch.float32 if subject.dtype == "float32" else torch.bfloat16
+    settings = BitsAndBytesConfig(
+        load_in_4bit=subject.bits == 4,
+        load_in_8bit=subject.bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute,
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / name, dtype=compute, quantization_config=settings, device_map={"": subject.device}
+    )
+    keep_trainable(model)
+    return model
+
+
+def adapter(subject: Subject) -> LoraConfig | None:
+    """The adapter that every peer adds to its policy."""
+    if not subject.lora_rank:
+        return None
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=subject.lora_rank,
+        lora_alpha=2 * subject.lora_rank,
+        target_modules="all-linear",
+    )
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -195,7 +233,8 @@ def random_rows(folder: Path, shapes: Sequence[tuple[int, int, int]]) -> list[Ro
 
 def reference_scores(folder: Path, subject: Subject, tokens: Dataset) -> tuple[dict[str, list[float]], float]:
     """Columns `ref_chosen_logps` and `ref_rejected_logps`, and the seconds that prefopt took, its cache being empty."""
-    model = load_policy(folder, subject, "reference").to(subject.device)
+    model = load_policy(folder, subject, "model" if subject.lora_rank else "reference")
+    model = model if subject.bits else model.to(subject.device)
     examples = [example_of(row) for row in tokens]
 
     def autocast() -> torch.autocast:

@@ -16,7 +16,7 @@ from accelerate.utils import DistributedType, fsdp2_prepare_model, is_deepspeed_
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -73,12 +73,15 @@ def engines_on_any_device() -> Iterator[None]:
     def with_engine(self: Any, *arguments: Any, **options: Any) -> None:
         plain(self, *arguments, **options)
         asked = engine()
+        if asked == "fsdp":
+            _keep_precision(options.get("fsdp_plugin"))
         if self.distributed_type != DistributedType.MULTI_CPU or asked == "ddp":
             return
         if asked == "fsdp":
             self.fsdp_plugin = options["fsdp_plugin"]
             if self._mixed_precision != "no":
                 self.fsdp_plugin.set_mixed_precision(self._mixed_precision)
+                _keep_precision(self.fsdp_plugin)
         else:
             plugin = options["deepspeed_plugin"]
             plugin.set_mixed_precision(self._mixed_precision)
@@ -93,6 +96,15 @@ def engines_on_any_device() -> Iterator[None]:
         yield
     finally:
         AcceleratorState.__init__ = plain
+
+
+def _keep_precision(plugin: Any) -> None:
+    """Weights in half precision for computing only: accelerate would round log-probabilities and gradients' sums, too."""
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy) and policy.param_dtype is not None:
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=policy.param_dtype, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def shard(model: nn.Module, args: TrainingArguments) -> nn.Module:

@@ -231,7 +231,7 @@ def loaded(
 
 @contextmanager
 def set_aside(model: nn.Module, args: DPOConfig) -> Iterator[None]:
-    """Make room on an accelerator within the block, where other policies are scored; quantised and sharded weights stay."""
+    """Make room on an accelerator within the block, where others are scored; quantised and sharded weights stay."""
     stays = getattr(model, "is_quantized", False) or is_sharded(model)
     moves = args.device.type != "cpu" and not stays
     if moves:

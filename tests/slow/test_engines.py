@@ -71,6 +71,17 @@ def test_all_weights(tiny_world: Path, tmp_path: Path, options: tuple[str, ...])
     beside_one(tiny_world, tmp_path, *options, reference='kl_coef": 0' not in options[0])
 
 
+def test_half_precision_rounds_no_log_probabilities(tiny_world: Path, tmp_path: Path) -> None:
+    """accelerate's own policy would bring them to bfloat16, too: the scores before training in the same way."""
+    options = (f"method={GPO}", "training.bf16=true", "training.max_steps=2")
+    one = train(tiny_world, tmp_path, 1, *options)
+    two = train(tiny_world, tmp_path, 2, *options, engine="fsdp")
+    ours, theirs = (figures(each, "loss")[0] for each in (two, one))
+    assert ours["rewards/chosen"] == ours["rewards/rejected"] == 0
+    for side in ("chosen", "rejected"):
+        assert ours[f"logps/{side}"] == pytest.approx(theirs[f"logps/{side}"], abs=5e-3)
+
+
 @pytest.mark.parametrize("precompute", ["true", "false"])
 def test_an_adapter(tiny_world: Path, tmp_path: Path, precompute: str) -> None:
     options = (WITHOUT_DROPOUT, f"training.precompute_ref_log_probs={precompute}")

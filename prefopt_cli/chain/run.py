@@ -20,8 +20,8 @@ from prefopt_cli.recipe import dump_recipe
 from prefopt_cli.runs import atomic
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.scoring.frozen import ScoringStopped
 from prefopt_cli.training.callbacks import stopping_gently
-from prefopt_cli.training.frozen_policies import ScoringStopped
 from prefopt_cli.training.outcome import Outcome
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.run import train

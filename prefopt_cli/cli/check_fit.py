@@ -10,11 +10,24 @@ if TYPE_CHECKING:
     from prefopt_cli.training.inspection import Inspection
     from prefopt_cli.training.memory_fit import Fit, Proposal
 
-UNITS = {"mb": 10**6, "gb": 10**9, "tb": 10**12, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+UNITS = {
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
 
 
 def read_bytes(text: str) -> int:
-    """Bytes of ``24GiB``, ``24 GB``, ``512MiB``; units of 1000 and of 1024, in any case.
+    """Bytes of ``24GiB``, ``24 GB``, ``24Gi``, ``24G``; units of 1000 and of 1024, in any case.
 
     Raises:
         UserError: there is no unit, or no number above 0.

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from prefopt_cli.launch.environment import adopt_slurm
+from prefopt_cli.launch import failures
+from prefopt_cli.launch.environment import adopt_task
 from prefopt_cli.sandbox.names import LARGEST_SEED
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ DebugOption = Annotated[
 ]
 
 
-SIGNAL_EXIT_BASE = 128
+SIGNAL_EXIT_BASE = failures.SIGNAL_EXIT_BASE
 """A command that a signal stopped exits with this and the signal's number, as shells have it."""
 
 
@@ -67,9 +68,9 @@ def is_debug() -> bool:
 def prepare_libraries() -> None:
     """Before torch and transformers are imported: no telemetry, and silence unless --debug was given.
 
-    A task of several that Slurm started learns here which it is.
+    A task of several that Slurm or MPI started learns here which it is.
     """
-    adopt_slurm()
+    adopt_task()
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Threads that wait for one another give way soon: where other programs want the processor too, small models
@@ -113,8 +114,8 @@ def scoring() -> Iterator[Work]:
     What was scored by then is in the cache; the command exits as shells have it after a signal.
     """
     from prefopt_cli.cli.progress import reporter_for
+    from prefopt_cli.scoring.frozen import ScoringStopped
     from prefopt_cli.training.callbacks import stopping_gently
-    from prefopt_cli.training.frozen_policies import ScoringStopped
     from prefopt_cli.training.processes import leave_together
     from prefopt_cli.training.reporting import Silent
 
@@ -143,10 +144,11 @@ def last_work() -> Iterator[bool]:
 
 def main_process() -> bool:
     """False in all but the first of the processes that a launcher started."""
+    adopt_task()
     return os.environ.get("RANK", "0") == "0"
 
 
 def several_processes() -> bool:
     """Whether a launcher started this process as one of several."""
-    adopt_slurm()
+    adopt_task()
     return os.environ.get("WORLD_SIZE", "1") != "1"

@@ -47,7 +47,7 @@ def print_launch(
     Pasted into a shell, it trains as prefopt train does, with torchrun's own messages.
     """
     from prefopt_cli.cli.train import training_job
-    from prefopt_cli.launch.plan import plan_launch
+    from prefopt_cli.launch.plan import LaunchPlan, plan_launch
     from prefopt_cli.recipe import load_recipe
 
     job = training_job(load_recipe(recipe, overrides or ()), recipe, overrides or [], [])
@@ -55,7 +55,8 @@ def print_launch(
     if json:
         from json import dumps
 
-        alone = {"command": ["prefopt", *job.arguments], "environment": {}, "processes": 1, "machines": 1}
+        alone = LaunchPlan(tuple(job.arguments), environment={}, processes=1).to_dict()
+        alone["command"] = ["prefopt", *job.arguments]
         typer.echo(dumps(alone if plan is None else plan.to_dict()))
     elif plan is None:
         typer.echo(f"# One process, which needs no launcher.\n{shlex.join(['prefopt', *job.arguments])}")

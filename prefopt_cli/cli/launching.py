@@ -128,7 +128,7 @@ def _done_elsewhere(ending: "Ending") -> str:
 
 
 def _with_hints(ended: "Ended", plan: "LaunchPlan", job: Job) -> str:
-    from prefopt_cli.launch.failures import INTERRUPTED, MISTAKE
+    from prefopt_cli.launch.failures import INTERRUPTIONS, MISTAKE
     from prefopt_cli.launch.processes import last_lines
 
     words = str(ended.message)
@@ -137,13 +137,22 @@ def _with_hints(ended: "Ended", plan: "LaunchPlan", job: Job) -> str:
             words += f"\nLast lines of {path}:\n{lines}"
     failure = ended.ending.failure
     explained = failure is not None and failure.kind == "error" and plan.machines == 1
-    begun = any(
-        (Path(job.output_dir).expanduser() / name).is_file() for name in ("manifest.json", "chain.json")
-    )
-    if begun and not explained and ended.ending.exit_code not in (MISTAKE, INTERRUPTED):
+    going_on = _going_on(Path(job.output_dir).expanduser())
+    if going_on and not explained and ended.ending.exit_code not in (MISTAKE, *INTERRUPTIONS):
         everywhere = ", on every machine with its launch.machine_rank" if plan.machines > 1 else ""
-        words += f"\nGo on from the last checkpoint{everywhere}:\n  {job.again}"
+        words += f"\n{going_on}{everywhere}:\n  {job.again}"
     return words
+
+
+def _going_on(folder: Path) -> str | None:
+    """What the command that goes on with a run or a chain does; None where neither has begun."""
+    from prefopt_cli.runs.folder import RunFolder
+
+    if RunFolder(folder).last_checkpoint() is not None:
+        return "Go on from the last checkpoint"
+    if RunFolder(folder).manifest.is_file():
+        return "There is no checkpoint yet. Start over"
+    return "Go on with the chain" if (folder / "chain.json").is_file() else None
 
 
 def _meeting(plan: "LaunchPlan", job: Job) -> "Meeting | None":

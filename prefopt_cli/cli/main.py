@@ -2,9 +2,10 @@
 
 import os
 import sys
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from prefopt_cli import __version__
 from prefopt_cli.cli import (
@@ -23,16 +24,31 @@ from prefopt_cli.cli import (
     sandbox,
     train,
 )
-from prefopt_cli.cli.common import DebugOption, is_debug
+from prefopt_cli.cli.common import SIGNAL_EXIT_BASE, DebugOption, is_debug
 from prefopt_cli.errors import PrefoptError
 from prefopt_cli.launch import worker
 from prefopt_cli.launch.connection import CONNECTION_LOST, is_connection_loss
 from prefopt_cli.launch.failures import Kind
+from prefopt_cli.launch.signals import interrupted_by
 
-EXIT_INTERRUPTED = 130
+
+class _Interrupted(BaseException):
+    """A KeyboardInterrupt on its way through typer, which would end the process without a word for it."""
+
+
+class _Group(TyperGroup):
+    """The commands; what interrupts one of them reaches `main`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted from error
+
 
 app = typer.Typer(
     name="prefopt",
+    cls=_Group,
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -73,15 +89,17 @@ def root(
 def main() -> None:
     """Run a command; end with one clear message and the right exit code.
 
-    0 done, 1 something failed, 2 the input cannot work as it stands, 130 interrupted.
+    0 done, 1 something failed, 2 the input cannot work as it stands, 130 or 143 interrupted by Ctrl-C or SIGTERM.
     """
     try:
         worker.begin()
         app()
     except PrefoptError as error:
         _fail(str(error), error.exit_code, "consequence" if is_connection_loss(error) else "error")
-    except KeyboardInterrupt:
-        _fail("Interrupted.", EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, _Interrupted) as error:
+        cause = error if isinstance(error, KeyboardInterrupt) else error.__cause__
+        assert isinstance(cause, KeyboardInterrupt)
+        _fail("Interrupted.", SIGNAL_EXIT_BASE + interrupted_by(cause))
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); Python must not complain about it at exit.
         worker.leave_failure("nobody reads its output any more.", 1)

@@ -17,9 +17,10 @@ from prefopt_cli.evaluation.statistics import Estimate, mean_with_interval
 from prefopt_cli.evaluation.targets import Target
 from prefopt_cli.models import loading
 from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.scoring.frozen import ScoringStopped
 from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.batches import padding_id
-from prefopt_cli.training.frozen_policies import ScoringStopped, loaded, precision, score_policy
+from prefopt_cli.training.frozen_policies import loaded, precision, score_policy
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.sampling import sample_responses
 
@@ -143,15 +144,14 @@ def _shared_out(
     for done, start in enumerate(own_share):
         reporter.progress("sampling for the KL", done, len(own_share))
         if stopping():
-            raise ScoringStopped
+            break
         written[start] = respond(start)
     reporter.progress("sampling for the KL", len(own_share), len(own_share))
-    try:
-        parts = gather_object([written])
-    except RuntimeError as error:
-        if stopping():  # another process has left first, while this one waited for it
-            raise ScoringStopped from error
-        raise
+    parts = gather_object([written])
+    if sum(map(len, parts)) < len(
+        starts
+    ):  # all leave here: one that left at once would keep the others waiting
+        raise ScoringStopped
     together = {start: made for part in parts for start, made in part.items()}
     return [sample for start in starts for sample in together[start]]
 

@@ -42,6 +42,7 @@ def read_accelerate_file(path: str) -> AccelerateFile:
         UserError: accelerate refuses it, or it asks for what prefopt does not train with.
     """
     try:
+        _require_keys(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             arguments, defaults, precision_from_file = _parsed(path)
@@ -53,6 +54,19 @@ def read_accelerate_file(path: str) -> AccelerateFile:
         raise UserError(
             f"launch.config: {path} is not a configuration that accelerate can use: {words}"
         ) from error
+
+
+def _require_keys(path: str) -> None:
+    """Say of a file without any keys what accelerate would stumble over."""
+    import yaml
+
+    with open(path, encoding="utf-8") as file:
+        found = yaml.safe_load(file)
+    if not isinstance(found, dict):
+        what = "is empty" if found is None else "holds no keys"
+        raise UserError(
+            f"launch.config: {path} {what}; expected a configuration as `accelerate config` writes it."
+        )
 
 
 def _parsed(path: str) -> tuple[Namespace, Any, bool]:

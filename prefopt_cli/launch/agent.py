@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from prefopt_cli.launch.variables import AGENT, FOLDER
-from prefopt_cli.launch.worker import LOOKS_EVERY, launcher_lives
+from prefopt_cli.launch.variables import AGENT, FOLDER, LAUNCHER
+from prefopt_cli.launch.worker import LOOKS_EVERY, lives_under
 
 RESULT_FILE = "agent.json"
 LOG_FILE = "torchrun.log"
@@ -27,7 +27,7 @@ FAILING_FILE = "failing"
 
 def main(arguments: list[str]) -> None:
     """Run torchrun; the exit code is 0 if all its processes end with 0."""
-    folder = Path(os.environ[FOLDER])
+    folder, launcher = Path(os.environ[FOLDER]), os.environ[LAUNCHER]
     # Ignored in the workers too, until they are ready to hear.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> None:
         torchrun.start()
         while torchrun.is_alive():
             torchrun.join(LOOKS_EVERY)
-            if not launcher_lives(folder):
+            if not lives_under(launcher):
                 _end_children()
                 shutil.rmtree(folder, ignore_errors=True)
                 os._exit(1)

@@ -10,6 +10,7 @@ from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs import atomic
 
 LONGEST_NAME = 40
+HOME = re.compile(r"~([A-Za-z0-9._-]*)(?:/|$)")
 
 
 def words(arguments: Iterable[str]) -> str:
@@ -29,8 +30,15 @@ def alone(recipe: Recipe, nodes: int) -> list[str]:
 
 
 def run_manifest(recipe: Recipe) -> str:
-    """The file that is there once the recipe's run has begun."""
-    return str(Path(recipe.output_dir).expanduser() / "manifest.json")
+    """The file that is there once the recipe's run has begun, as a word of the shell's.
+
+    A ~ is left to the machine on which the script runs: the home there is another than here.
+    """
+    path = str(Path(recipe.output_dir) / "manifest.json")
+    home = HOME.match(path)
+    if home is None:
+        return shlex.quote(path)
+    return (f"~{home[1]}/" if home[1] else '"$HOME"/') + shlex.quote(path[home.end() :])
 
 
 def require_one_line(option: str, value: str) -> None:

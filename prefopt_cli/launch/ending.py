@@ -6,7 +6,10 @@ from typing import Any
 
 from prefopt_cli.launch.failures import LONGEST_MESSAGE, Failure
 
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What a terminal would obey, and halves of characters, which cannot be written."""
+
+LARGEST = 2**31
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,30 @@ class Ending:
         """
         try:
             failure = Failure.from_dict(message["failure"]) if message["failure"] is not None else None
-            machine, code, signal = int(message["machine"]), int(message["exit_code"]), message["signal"]
-            host = CONTROL.sub("?", str(message["host"]))[:256]
+            machine, code, signal = whole(message["machine"]), whole(message["exit_code"]), message["signal"]
+            host = printable(message["host"])[:256]
         except (KeyError, TypeError) as error:
             raise ValueError("not an ending") from error
         if failure is not None:
-            words = CONTROL.sub("?", failure.message)[:LONGEST_MESSAGE]
+            words = printable(failure.message)[:LONGEST_MESSAGE]
             failure = Failure(words, failure.exit_code, failure.kind, failure.rank, machine, host)
         return cls(machine, host, code, signal if isinstance(signal, int) else None, failure)
+
+
+def printable(said: object) -> str:
+    """What another machine says, made fit for a terminal."""
+    return UNPRINTABLE.sub("?", str(said))
+
+
+def whole(said: object) -> int:
+    """A count, a rank or an exit code that another machine tells.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(said, int) or not 0 <= said < LARGEST:
+        raise ValueError("not a count, a rank or an exit code")
+    return said
 
 
 def vanished(machine: int, host: str, after: float | None = None) -> Ending:

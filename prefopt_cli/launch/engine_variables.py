@@ -2,9 +2,20 @@
 
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 
+USES = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
+
+
+def chosen(engine: str) -> dict[str, str]:
+    """The environment that tells each engine whether it is the one: what a shell has exported does not decide.
+
+    Args:
+        engine: ddp, fsdp or deepspeed.
+    """
+    return {variable: _yes(name == engine) for name, variable in USES.items()}
+
 
 def engine_variables(settings: LaunchSettings) -> dict[str, str]:
-    """The environment that asks for the recipe's engine; empty for ddp, which is what several processes do anyway.
+    """How the chosen engine works, in the environment; empty for ddp, of which there is nothing to say.
 
     Of `launch.config` only DeepSpeed's own (JSON) is looked at: accelerate reads its own.
     """
@@ -17,7 +28,6 @@ def engine_variables(settings: LaunchSettings) -> dict[str, str]:
 
 def _fsdp(settings: LaunchSettings) -> dict[str, str]:
     return {
-        "ACCELERATE_USE_FSDP": "true",
         "FSDP_VERSION": "2",
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_RESHARD_AFTER_FORWARD": _yes(settings.reshard_after_forward),
@@ -30,13 +40,12 @@ def _fsdp(settings: LaunchSettings) -> dict[str, str]:
 
 
 def _deepspeed(settings: LaunchSettings) -> dict[str, str]:
-    common = {"ACCELERATE_USE_DEEPSPEED": "true"}
     if settings.config is not None:
-        return {**common, "ACCELERATE_DEEPSPEED_CONFIG_FILE": settings.config}
+        return {"ACCELERATE_DEEPSPEED_CONFIG_FILE": settings.config}
     weights_too = settings.zero_stage == 3
     offloaded = "cpu" if settings.cpu_offload else "none"
     return {
-        **common,
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none",  # as accelerate has it
         "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(settings.zero_stage),
         "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": offloaded,
         "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": offloaded if weights_too else "none",

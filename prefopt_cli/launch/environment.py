@@ -4,14 +4,16 @@ import os
 from collections.abc import Mapping, MutableMapping
 from typing import TYPE_CHECKING
 
+from prefopt_cli.errors import UserError
+from prefopt_cli.launch.mpi_task import by_mpi, mpi_task
 from prefopt_cli.launch.slurm_step import slurm_step
 from prefopt_cli.launch.variables import FOLDER
 
 if TYPE_CHECKING:
     from prefopt_cli.recipe.launch_settings import LaunchSettings
 
-MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Where MPI's launchers say how many processes there are."""
+NUMBERS = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+"""Variables by which launchers tell a process which it is, and the least that each may be."""
 
 
 def started_by(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -22,7 +24,11 @@ def started_by(environ: Mapping[str, str] = os.environ) -> str | None:
 
     Returns:
         "prefopt", "torchrun", "accelerate", "MPI", "Slurm", or None.
+
+    Raises:
+        UserError: a launcher's variable is no number.
     """
+    _require_numbers(environ)
     if FOLDER in environ:
         return "prefopt"
     by_accelerate = "ACCELERATE_MIXED_PRECISION" in environ  # which it always sets, for one process too
@@ -30,19 +36,39 @@ def started_by(environ: Mapping[str, str] = os.environ) -> str | None:
         return "accelerate" if by_accelerate else "torchrun"
     if by_accelerate:
         return "accelerate"
-    if any(environ.get(name, "1") not in ("0", "1") for name in MPI):
+    if by_mpi(environ):
         return "MPI"
     step = slurm_step(environ)
     return "Slurm" if step is not None and step.tasks > 1 and not step.one_task_per_node else None
 
 
-def adopt_slurm(environ: MutableMapping[str, str] = os.environ) -> None:
-    """In a task of several that ``srun`` started, set what torchrun would have; elsewhere nothing."""
-    step = slurm_step(environ)
-    if step is None or step.tasks < 2 or "RANK" in environ or FOLDER in environ:
+def adopt_task(environ: MutableMapping[str, str] = os.environ) -> None:
+    """In a task of several that ``mpirun`` or ``srun`` started, set what torchrun would have; elsewhere nothing.
+
+    Raises:
+        UserError: a launcher's variable is no number, or MPI's tasks do not know where to meet.
+    """
+    _require_numbers(environ)
+    if "RANK" in environ or FOLDER in environ:
         return
-    for name, value in step.worker_variables().items():
+    task, step = mpi_task(environ), slurm_step(environ)
+    found: dict[str, str] = {}
+    if task is not None:
+        found = task.worker_variables(environ)
+    elif step is not None and step.tasks > 1:
+        found = step.worker_variables()
+    for name, value in found.items():
         environ.setdefault(name, value)
+
+
+def _require_numbers(environ: Mapping[str, str]) -> None:
+    for name, least in NUMBERS.items():
+        text = environ.get(name)
+        if text is not None and not (text.isdecimal() and int(text) >= least):
+            raise UserError(
+                f"{name} is {text!r} in the environment, where launchers such as torchrun put a whole number from "
+                f"{least} on: unset {name}, or correct it."
+            )
 
 
 def with_slurm(settings: "LaunchSettings", environ: Mapping[str, str] = os.environ) -> "LaunchSettings":

@@ -4,7 +4,7 @@ import json
 import signal
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,14 @@ Kind = Literal["error", "signal", "silent", "consequence"]
 
 BY_WEIGHT: Sequence[Kind] = ("error", "signal", "silent", "consequence")
 
-MISTAKE, INTERRUPTED = 2, 130
-"""Exit codes of the user's mistakes, which concern no rank in particular, and of a second Ctrl-C."""
+MISTAKE = 2
+"""Exit code of the user's mistakes, which concern no rank in particular."""
+
+SIGNAL_EXIT_BASE = 128
+"""What a signal ended exits with this and the signal's number, as shells have it."""
+
+INTERRUPTIONS = (SIGNAL_EXIT_BASE + signal.SIGINT, SIGNAL_EXIT_BASE + signal.SIGTERM)
+"""Exit codes of what was interrupted at once."""
 
 LONGEST_MESSAGE = 20_000
 
@@ -43,9 +49,10 @@ class Failure:
             found = cls(**data)
         except TypeError as error:
             raise ValueError("not a failure") from error
-        numbers = (found.exit_code, found.machine, found.time, found.rank or 0)
+        numbers = (found.exit_code, found.machine, found.rank or 0)
         words = isinstance(found.message, str) and found.kind in BY_WEIGHT
-        if not words or not all(isinstance(each, int | float) for each in numbers):
+        counted = all(isinstance(each, int) for each in numbers) and 0 <= found.exit_code < 256
+        if not words or not counted or not isinstance(found.time, int | float):
             raise ValueError("not a failure")
         return found
 
@@ -72,8 +79,22 @@ def read_failures(folder: Path) -> list[Failure]:
     return [Failure.from_dict(json.loads(path.read_text(encoding="utf-8"))) for path in files]
 
 
-def ended_without_words(rank: int, exit_code: int) -> Failure:
-    """The failure of a process that left none, by its exit code; minus a signal's number, if one killed it."""
+def interruption(number: int) -> Failure:
+    """Of a machine whose processes a signal ended at once."""
+    return Failure("Interrupted.", SIGNAL_EXIT_BASE + number)
+
+
+def ended_without_words(rank: int, exit_code: int, *, asked: bool = False) -> Failure:
+    """The failure of a process that left none.
+
+    Args:
+        rank: its.
+        exit_code: minus a signal's number, if one killed it.
+        asked: whether it had been asked to stop, and may just have done so.
+    """
+    code = exit_code if exit_code >= 0 else SIGNAL_EXIT_BASE - exit_code
+    if asked and code in INTERRUPTIONS:
+        return replace(interruption(code - SIGNAL_EXIT_BASE), rank=rank)
     if exit_code >= 0:
         return Failure(f"it ended with exit code {exit_code} and said nothing.", kind="silent", rank=rank)
     number = -exit_code

@@ -4,6 +4,7 @@ They meet at the port after the rendezvous's, before any process is started: so 
 something else, or does not share the disk is told of in words. From then on each says every second that it is there.
 """
 
+import signal as signals
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prefopt_cli.errors import PrefoptError, UserError
-from prefopt_cli.launch.ending import Ending, vanished
+from prefopt_cli.launch.ending import Ending, printable, vanished
 from prefopt_cli.launch.wire import Connection
 
 PORT_OFFSET = 1
@@ -26,6 +27,9 @@ FAREWELL = 10.0
 
 MARKER = ".prefopt-meeting-{}"
 """File by which machines see that they share the disk of output_dir; deleted again."""
+
+STOPS = (signals.SIGINT, signals.SIGTERM)
+"""The signals that are passed on."""
 
 SEEN_WITHIN = 20.0
 """Seconds that a network file system may take to show a file."""
@@ -151,7 +155,7 @@ class Meeting(ABC):
 
     def _hear(self, message: dict[str, object]) -> None:
         signal = message.get("signal")
-        if message.get("type") == "stop" and isinstance(signal, int) and 0 < signal < 65:
+        if message.get("type") == "stop" and isinstance(signal, int) and signal in STOPS:
             self.ask_to_stop(signal)
         elif message.get("type") == "end":
             with suppress(ValueError):
@@ -165,5 +169,5 @@ def hello(identity: Identity) -> dict[str, object]:
 
 def raise_refusal(message: dict[str, object]) -> None:
     """Raise what machine 0 refused with."""
-    words = str(message.get("message"))
+    words = printable(message.get("message"))
     raise UserError(words) if message.get("exit_code") == UserError.exit_code else PrefoptError(words)

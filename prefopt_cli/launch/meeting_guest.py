@@ -2,10 +2,12 @@
 
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 from prefopt_cli.errors import PrefoptError
 from prefopt_cli.launch.addresses import join_endpoint
+from prefopt_cli.launch.ending import printable, whole
 from prefopt_cli.launch.meeting import (
     MARKER,
     PORT_OFFSET,
@@ -19,6 +21,8 @@ from prefopt_cli.launch.wire import Connection
 
 TRIES_EVERY = 0.5
 """Seconds between two attempts to reach machine 0."""
+
+LONGEST_TOKEN = 64
 
 ATTEMPT = 5.0
 """Seconds of one attempt."""
@@ -70,18 +74,28 @@ class Guest(Meeting):
         assert self._link is not None
         self._link.flush()
         for message in self._link.receive():
-            kind = message.get("type")
-            if kind == "refused":
-                raise_refusal(message)
-            elif kind == "welcome":
-                self._host, self._token = str(message.get("host")), str(message.get("token"))
-                self._looks_until = time.monotonic() + SEEN_WITHIN
-            elif kind == "there":
-                self._there = int(message.get("count", 1))
-            elif kind == "go":
-                self._goes, self.processes = True, int(message.get("processes", self.processes))
-            else:
-                self._hear(message)
+            with suppress(KeyError, ValueError):
+                self._obey(message)
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        """What machine 0 says.
+
+        Raises:
+            KeyError, ValueError: it is not what a launcher says.
+        """
+        kind = message.get("type")
+        if kind == "refused":
+            raise_refusal(message)
+        elif kind == "welcome":
+            self._host, self._token = printable(message["host"])[:256], _token(message["token"])
+            self._looks_until = time.monotonic() + SEEN_WITHIN
+        elif kind == "there":
+            self._there = whole(message["count"])
+        elif kind == "go":
+            self.processes = whole(message["processes"])
+            self._goes = True
+        else:
+            self._hear(message)
 
     def _look_for_marker(self) -> None:
         """Answer machine 0, once, whether its file is seen here."""
@@ -108,3 +122,14 @@ class Guest(Meeting):
             f"launch.rendezvous is its address, and that no firewall closes ports {self.place.port} and "
             f"{self.place.port + PORT_OFFSET}."
         )
+
+
+def _token(said: object) -> str:
+    """A part of a file's name.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(said, str) or not said.isalnum() or len(said) > LONGEST_TOKEN:
+        raise ValueError("not a token")
+    return said

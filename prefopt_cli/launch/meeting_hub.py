@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from prefopt_cli.errors import PrefoptError, UserError
-from prefopt_cli.launch.ending import CONTROL, Ending
+from prefopt_cli.launch.ending import Ending, printable, whole
 from prefopt_cli.launch.meeting import MARKER, PORT_OFFSET, TICK, Meeting
 from prefopt_cli.launch.wire import Connection
 
@@ -34,11 +34,12 @@ class Hub(Meeting):
             for guest in self._guests.values():
                 guest.link.send(refusal)
             raise
-        finally:
+        finally:  # a signal comes through here, too
             marker.unlink(missing_ok=True)
         self.processes = self.identity.processes + sum(each.processes for each in self._guests.values())
         for guest in self._guests.values():
             guest.link.send({"type": "go", "processes": self.processes})
+            guest.link.listen_from_now()  # they only waited, too
         self.told(f"All {self.identity.machines} machines are there: {self.processes} processes.")
 
     def close(self) -> None:
@@ -97,8 +98,8 @@ class Hub(Meeting):
 
     def _welcome(self, link: Connection, said: dict[str, Any]) -> None:
         try:
-            machine, guest = int(said["machine"]), _Guest(link, said)
-        except (KeyError, TypeError, ValueError):
+            machine, guest = whole(said["machine"]), _Guest(link, said)
+        except (KeyError, ValueError):
             link.close()
             return
         if machine in self._guests or not 0 < machine < self.identity.machines:
@@ -120,7 +121,7 @@ class Hub(Meeting):
                 f"launch.machines: {self.identity.machines} on machine 0, but {said.get('machines')} on {who}."
             )
         if said.get("versions") != self.identity.versions:
-            theirs = CONTROL.sub("?", str(said.get("versions")))
+            theirs = printable(said.get("versions"))
             raise UserError(
                 f"Machine 0 has {self.identity.versions}, but {who} has {theirs}. Install the same."
             )
@@ -140,7 +141,7 @@ class Hub(Meeting):
         )
 
     def _not_shared(self, machine: int, guest: "_Guest", folder: str) -> str:
-        theirs = CONTROL.sub("?", folder)
+        theirs = printable(folder)
         return (
             f"output_dir: machine {machine} ({guest.host}) does not see in {theirs} what machine 0 writes to "
             f"{self.place.folder}. Put output_dir on a disk that all machines share, under the same path."
@@ -155,13 +156,13 @@ class _Guest:
     """A machine that came.
 
     Raises:
-        KeyError, TypeError, ValueError: what it says is not what a launcher says.
+        KeyError, ValueError: what it says is not what a launcher says.
     """
 
     def __init__(self, link: Connection, said: dict[str, Any]) -> None:
         self.link = link
-        self.host = CONTROL.sub("?", str(said["host"]))[:256]
-        self.processes = int(said["processes"])
+        self.host = printable(said["host"])[:256]
+        self.processes = whole(said["processes"])
         self.sees = False
 
 

@@ -12,7 +12,7 @@ from prefopt_cli.errors import UserError
 from prefopt_cli.launch.accelerate_file import AccelerateFile, read_accelerate_file
 from prefopt_cli.launch.addresses import interface_variables, own_address_towards, split_endpoint
 from prefopt_cli.launch.devices import count_accelerators, count_cores, may_have_accelerator
-from prefopt_cli.launch.engine_variables import engine_variables
+from prefopt_cli.launch.engine_variables import chosen, engine_variables
 from prefopt_cli.launch.environment import with_slurm
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 
@@ -84,6 +84,7 @@ def plan_launch(
     """
     settings = with_slurm(settings, environ)
     settings, variables = _with_config(settings)
+    variables |= chosen(settings.engine)
     processes = _count(settings, use_cpu=use_cpu)
     alone = processes == 1 and settings.machines == 1
     if alone and settings.engine == "ddp" and settings.config is None:
@@ -141,6 +142,8 @@ def _with_config(settings: LaunchSettings) -> tuple[LaunchSettings, dict[str, st
     if settings.config is None:
         return settings, engine_variables(settings)
     path = Path(settings.config).expanduser()
+    if path.is_dir():
+        raise UserError(f"launch.config: {path} is a folder; name the file in it.")
     if not path.is_file():
         raise UserError(f"launch.config: there is no file {path}.")
     if path.suffix == ".json":

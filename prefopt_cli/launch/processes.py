@@ -13,13 +13,13 @@ from typing import IO
 import psutil
 
 from prefopt_cli.launch.plan import LaunchPlan
-from prefopt_cli.launch.variables import FOLDER
+from prefopt_cli.launch.variables import FOLDER, LAUNCHER
 
 LOOKS_EVERY = 1.0
 """Seconds between two looks for workers, until all are known: each look reads of all processes of the machine."""
 
 PARTING = 10.0
-"""Seconds that torchrun's agent gets to end once its processes are gone."""
+"""Seconds at most that torchrun's agent gets to end once its processes are gone."""
 
 
 class Processes:
@@ -35,7 +35,7 @@ class Processes:
         command = [sys.executable, "-m", "prefopt_cli.launch.agent"]
         quiet = [] if debug else ["--redirects", _redirects(plan), "--log-dir", str(folder)]
         command += [*plan.torchrun, *quiet, *plan.command[plan.command.index("-m", 2 + 1) :]]
-        environment = {**os.environ, **plan.environment, FOLDER: str(folder)}
+        environment = {**os.environ, **plan.environment, FOLDER: str(folder), LAUNCHER: str(os.getpid())}
         if not debug:
             environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         # In a session of its own, so that Ctrl-C reaches the launcher alone.
@@ -44,6 +44,8 @@ class Processes:
         )
         self._known: set[psutil.Process] = set()
         self._count, self._looks_at = plan.processes, 0.0
+        # Other machines hear nothing meanwhile, and must not take that for the silence of one that is down.
+        self._parting = PARTING if plan.machines == 1 else min(PARTING, plan.timeout / 3)
         self.killed_at: float | None = None
         """When they were killed from here, if they were."""
 
@@ -73,7 +75,7 @@ class Processes:
             with suppress(psutil.Error):
                 worker.kill()
         with suppress(subprocess.TimeoutExpired):
-            self._agent.wait(PARTING)
+            self._agent.wait(self._parting)
         self._agent.kill()
         self._agent.wait()
         # Those that were started meanwhile, or whose agent was killed.

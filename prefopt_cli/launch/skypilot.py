@@ -140,7 +140,7 @@ def _run(path: str, overrides: Sequence[str], recipe: Recipe, options: SkyOption
         ]
     lines += [
         "# A run that has begun is gone on with: a spot machine may be taken away.",
-        f"manifest={shlex.quote(run_manifest(recipe))}",
+        f"manifest={run_manifest(recipe)}",
         'if [[ -e "$manifest" ]]; then command+=(--resume); fi',
         'exec "${command[@]}"',
     ]

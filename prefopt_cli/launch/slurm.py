@@ -122,7 +122,7 @@ def _train_command(recipe_path: str, overrides: Sequence[str], recipe: Recipe, o
     lines += [
         "",
         "# A run that has begun is gone on with: after a requeue, or when this script is submitted again.",
-        f"manifest={shlex.quote(run_manifest(recipe))}",
+        f"manifest={run_manifest(recipe)}",
         'if [[ -e "$manifest" ]]; then command+=(--resume); fi',
         "",
     ]

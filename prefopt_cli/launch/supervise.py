@@ -17,18 +17,20 @@ from prefopt_cli.launch.agent import FAILING_FILE, RESULT_FILE
 from prefopt_cli.launch.ending import Ending
 from prefopt_cli.launch.failures import (
     BY_WEIGHT,
-    INTERRUPTED,
+    INTERRUPTIONS,
     MISTAKE,
     Failure,
     agent_failure,
     ended_without_words,
     first_failure,
+    interruption,
     read_failures,
 )
 from prefopt_cli.launch.meeting import TICK, Meeting
 from prefopt_cli.launch.plan import LaunchPlan, as_machine
 from prefopt_cli.launch.processes import Processes, last_lines
-from prefopt_cli.launch.worker import STOP_FILE, write_launcher
+from prefopt_cli.launch.signals import terminated_as_interrupted
+from prefopt_cli.launch.worker import STOP_FILE
 
 AFTER_FAILURE = 3.0
 """Seconds that the others get to end by themselves, and to say why, once one has failed."""
@@ -65,15 +67,16 @@ def supervise(plan: LaunchPlan, *, told: Told, debug: bool = False, meeting: Mee
     Raises:
         UserError: the machines do not fit together.
         PrefoptError: a machine did not come.
-        KeyboardInterrupt: while machines were waited for.
+        KeyboardInterrupt: a signal where none is passed on, such as while machines are waited for.
     """
-    if meeting is None:
-        return _in_a_folder(_Launch(plan, told, debug, None))
-    try:
-        meeting.gather()
-        return _in_a_folder(_Launch(as_machine(plan, meeting.address), told, debug, meeting))
-    finally:
-        meeting.close()
+    with terminated_as_interrupted():
+        if meeting is None:
+            return _in_a_folder(_Launch(plan, told, debug, None))
+        try:
+            meeting.gather()
+            return _in_a_folder(_Launch(as_machine(plan, meeting.address), told, debug, meeting))
+        finally:
+            meeting.close()
 
 
 def _in_a_folder(launch: "_Launch") -> "Ended":
@@ -81,7 +84,6 @@ def _in_a_folder(launch: "_Launch") -> "Ended":
     folder = Path(tempfile.mkdtemp(prefix="prefopt-launch-"))
     kept = False
     try:
-        write_launcher(folder)
         ended = launch.run(folder)
         kept = ended.output is not None
         return ended
@@ -170,11 +172,14 @@ class _Launch:
         code = self.processes.exit_code()
         if code == 0:
             return own
-        failure = first_failure(self._failures())
+        failures = [*self._failures()]
+        taken = [each for each in failures if asked and each.exit_code in INTERRUPTIONS]
+        failure = first_failure(each for each in failures if each not in taken)
         if failure is None and self.other is not None:
             return replace(own, exit_code=1)
-        if asked and (failure is None or (len(self.received) > 1 and failure.kind != "error")):
-            failure = Failure("Interrupted.", INTERRUPTED)  # however they took it
+        at_once = len(self.received) > 1 or bool(taken)
+        if asked and (failure is None or (at_once and failure.kind != "error")):
+            failure = interruption(asked)  # however they took it
         failure = failure or agent_failure(code or 0)
         failure = replace(failure, machine=own.machine, host=host)
         return replace(own, exit_code=failure.exit_code, failure=failure)
@@ -192,7 +197,7 @@ class _Launch:
             until = min(until, int(self.processes.killed_at) - 1)
         for each in ended:
             if each["rank"] not in said and each["time"] <= until:
-                failure = ended_without_words(each["rank"], each["exit_code"])
+                failure = ended_without_words(each["rank"], each["exit_code"], asked=bool(self.received))
                 yield replace(failure, time=each["time"])
         if "error" in found:
             yield Failure(f"torchrun failed: {found['error']}", kind="silent")
@@ -211,7 +216,7 @@ class _Launch:
 
     def _words(self, ending: Ending) -> str:
         failure = ending.failure
-        if failure is None or failure.exit_code == INTERRUPTED:
+        if failure is None or failure.exit_code in INTERRUPTIONS:
             return "Interrupted." if ending.machine == self.plan.machine_rank else _interrupted(ending)
         if failure.exit_code == MISTAKE:
             return failure.message
@@ -222,7 +227,7 @@ class _Launch:
         """The folder, where what processes printed may explain more than the failure does."""
         explained = (
             ending.failure is None
-            or ending.exit_code in (MISTAKE, INTERRUPTED)
+            or ending.exit_code in (MISTAKE, *INTERRUPTIONS)
             or ending.failure.kind == "error"
         )
         if self.debug or explained or not any(last_lines(self.folder)):

@@ -1,6 +1,7 @@
 """JSON lines over TCP between the launchers of several machines; nothing here waits."""
 
 import json
+import math
 import socket
 import time
 from contextlib import suppress
@@ -57,6 +58,10 @@ class Connection:
         *lines, self._in = self._in.split(b"\n")
         return [message for message in map(_message, lines) if message is not None]
 
+    def listen_from_now(self) -> None:
+        """Count no silence that was nobody's turn to break."""
+        self.heard = time.monotonic()
+
     def silent_for(self) -> float:
         """Seconds since anything came."""
         return time.monotonic() - self.heard
@@ -71,8 +76,16 @@ class Connection:
 
 
 def _message(line: bytes) -> dict[str, Any] | None:
+    """The message of a line; None where it is none, or holds what no launcher says."""
     try:
-        found = json.loads(line)
-    except ValueError:
+        found = json.loads(line, parse_float=_finite, parse_constant=_finite)
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is no number that could be used")
+    return number

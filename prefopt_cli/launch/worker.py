@@ -1,6 +1,5 @@
 """What a process does that prefopt's launcher started: outlive nobody, stop when told, leave its failure behind."""
 
-import json
 import os
 import signal
 import socket
@@ -8,17 +7,15 @@ import threading
 import time
 from pathlib import Path
 
+from prefopt_cli.errors import UserError
 from prefopt_cli.launch.failures import Failure, Kind, write_failure
 from prefopt_cli.launch.variables import AGENT, FOLDER
-
-LAUNCHER_FILE = "launcher.json"
-"""Process id and time of creation of the launcher."""
 
 STOP_FILE = "stop"
 """There once a signal has asked the launcher to stop, for workers that were not there yet to hear it."""
 
 LOOKS_EVERY = 1.0
-"""Seconds between two looks at whether the launcher lives."""
+"""Seconds between two looks at whether those above live."""
 
 
 def launched() -> bool:
@@ -33,14 +30,20 @@ def begin() -> None:
     twice, and torchrun's agent sends SIGTERM to those whose peer has failed.
 
     Raises:
+        UserError: the environment says that there is a launcher, and there is none.
         KeyboardInterrupt: the run was asked to stop before this process was there.
     """
+    if FOLDER in os.environ and AGENT not in os.environ:
+        raise UserError(
+            f"{FOLDER} is set in the environment, which prefopt's own launcher does for its processes alone: unset "
+            f"{FOLDER}."
+        )
     if not launched():
         return
     signal.signal(signal.SIGTERM, _nothing)
     os.register_at_fork(after_in_child=_hear_again)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_watch, args=(launch_folder(), os.environ[AGENT]), daemon=True).start()
+    threading.Thread(target=_watch, args=(os.environ[AGENT],), daemon=True).start()
     if (launch_folder() / STOP_FILE).exists():
         raise KeyboardInterrupt
 
@@ -52,15 +55,15 @@ def launch_folder() -> Path:
 
 def rank() -> int:
     """This process's among all."""
-    return int(os.environ.get("RANK", "0"))
+    return _number("RANK")
 
 
 def leave_failure(message: str, exit_code: int, kind: Kind = "error") -> bool:
     """Tell the launcher, which tells the user, what went wrong; false where there is none, or it cannot be told."""
-    if not launched():
+    if not launched() or AGENT not in os.environ:
         return False
     host = socket.gethostname()
-    machine = int(os.environ.get("GROUP_RANK", "0"))
+    machine = _number("GROUP_RANK")
     try:
         write_failure(launch_folder(), Failure(message, exit_code, kind, rank(), machine, host))
     except OSError:  # the disk may be the very thing that is full
@@ -68,30 +71,36 @@ def leave_failure(message: str, exit_code: int, kind: Kind = "error") -> bool:
     return True
 
 
-def launcher_lives(folder: Path) -> bool:
-    """Whether the process that made the folder is still there."""
-    import psutil
+def lives_under(parent: str) -> bool:
+    """Whether the process that started this one still lives: whoever loses its parent is given another.
 
-    try:
-        data = json.loads((folder / LAUNCHER_FILE).read_text(encoding="utf-8"))
-        launcher = psutil.Process(data["pid"])
-        return launcher.create_time() == data["created"] and launcher.status() != psutil.STATUS_ZOMBIE
-    except (OSError, ValueError, KeyError, psutil.Error):
-        return False
+    No times are compared: those that systems tell of processes move with their clock.
 
-
-def write_launcher(folder: Path) -> None:
-    """Let `launcher_lives` know this process."""
-    import psutil
-
-    own = psutil.Process()
-    data = {"pid": own.pid, "created": own.create_time()}
-    (folder / LAUNCHER_FILE).write_text(json.dumps(data), encoding="utf-8")
+    Args:
+        parent: its process id.
+    """
+    return str(os.getppid()) == parent
 
 
-def _watch(folder: Path, agent: str) -> None:
-    """End at once with the launcher, or with torchrun's agent: nobody would stop this process any more."""
-    while str(os.getppid()) == agent and launcher_lives(folder):
+def stay_stopped() -> None:
+    """Once all processes have agreed to stop: a signal that comes late, as from another machine, ends none of them.
+
+    Ignored rather than handled, because Python gives handlers up before it has ended.
+    """
+    if launched():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _number(name: str) -> int:
+    """A variable of torchrun's; 0 where it says nothing that can be used."""
+    text = os.environ.get(name, "0")
+    return int(text) if text.isdecimal() else 0
+
+
+def _watch(agent: str) -> None:
+    """End at once with torchrun's agent, which ends with the launcher: nobody would stop this process any more."""
+    while lives_under(agent):
         time.sleep(LOOKS_EVERY)
     os._exit(1)
 

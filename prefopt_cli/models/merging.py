@@ -19,7 +19,7 @@ from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.models import loading
 from prefopt_cli.models.merge_card import merge_card
 from prefopt_cli.models.policy import MERGE_RECORD, PolicySource, fingerprint, merge_record
-from prefopt_cli.models.quantised import stores_few_bits, take_dequantised
+from prefopt_cli.models.quantised import compute_in_float32, stores_few_bits, take_dequantised
 from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
 from prefopt_cli.runs.writable import require_writable
 
@@ -57,10 +57,7 @@ def unmerged_policy(source: PolicySource, settings: ModelSettings) -> PreTrained
         exact = source.quantization.model_copy(update={"compute_dtype": "float32"})
         source = replace(source, quantization=exact)
     model = loading.load_model(source, settings, AS_IT_IS if source.adapter else "none", frozen=True)
-    if isinstance(model, PeftModel):
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:  # on quantised weights they are in bfloat16
-                parameter.data = parameter.data.float()
+    compute_in_float32(model)
     return model.eval()
 
 

@@ -29,6 +29,9 @@ NOT_OF_THE_POLICY = {
 MERGE_RECORD = "prefopt_merge.json"
 """In a folder that `prefopt merge` made: the run whose policy it is, and that run's lineage."""
 
+QUANTIZATION_RECORD = "prefopt_quantization.json"
+"""In the folder of a run's adapter: how the weights that it was trained on were quantised while they were loaded."""
+
 
 @dataclass(frozen=True)
 class PolicySource:
@@ -157,7 +160,7 @@ def _in_folder(folder: Path, run: Path | None, key: str = "model.name_or_path") 
                 f"The adapter {folder} belongs to the base model {base}, which is not there. Put it back, or "
                 "correct base_model_name_or_path in its adapter_config.json."
             )
-        return PolicySource(base, folder, run, quantization=_beside(folder) if run is None else None)
+        return PolicySource(base, folder, run, quantization=_below(folder) if run is None else None)
     if (folder / "config.json").is_file():
         return PolicySource(str(folder), None, run)
     raise UserError(
@@ -165,12 +168,28 @@ def _in_folder(folder: Path, run: Path | None, key: str = "model.name_or_path") 
     )
 
 
-def _beside(folder: Path) -> QuantizationSettings | None:
-    """How the weights below a run's adapter are quantised, where the adapter's own folder is named, not the run's."""
+def _below(folder: Path) -> QuantizationSettings | None:
+    """How the weights below a run's adapter are quantised, where the adapter's own folder is named, or a copy of it."""
+    path = folder / QUANTIZATION_RECORD
+    if path.is_file():
+        try:
+            return QuantizationSettings.model_validate_json(path.read_bytes())
+        except (OSError, ValidationError) as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error.strerror
+            raise UserError(
+                f"{path} does not say how the weights below the adapter were quantised: {reason}. Restore it from "
+                "the run that trained the adapter."
+            ) from error
     run = RunFolder(folder.parent)
     if run.model != folder or not run.is_run():
         return None
     return recorded_quantization(run.read_manifest().get("lineage", {}))
+
+
+def write_quantization(folder: Path, quantization: QuantizationSettings) -> None:
+    """Say in an adapter's folder how the weights below it are quantised: wherever the folder goes, that goes along."""
+    text = json.dumps(quantization.model_dump(), indent=2)
+    (folder / QUANTIZATION_RECORD).write_text(f"{text}\n", encoding="utf-8")
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

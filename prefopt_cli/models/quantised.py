@@ -19,8 +19,8 @@ gradients on the CPU. There is no gradient through weights in that order, and no
 QUANTISED_WEIGHTS = ("Params4bit", "Int8Params")
 """bitsandbytes' classes of them, by name: it is no part of every installation."""
 
-EIGHT_BIT_LAYER = "Linear8bitLt"
-"""The class of bitsandbytes' 8-bit layers."""
+FOUR_BIT_LAYER, EIGHT_BIT_LAYER = "Linear4bit", "Linear8bitLt"
+"""bitsandbytes' classes of layers."""
 
 BLOCK = 64
 """Weights of 4 bits that have one scale."""
@@ -77,6 +77,16 @@ def compute_in_bfloat16(model: nn.Module, adapter: str) -> None:
         of_adapter = parameter.requires_grad or f".{adapter}." in name
         if of_adapter and "lora_magnitude_vector" not in name and parameter.dtype != torch.bfloat16:
             parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def compute_in_float32(model: nn.Module) -> None:
+    """Have a model computed exactly, whatever its adapter was trained in and its folder says; few bits stay few."""
+    for parameter in model.parameters():
+        if type(parameter).__name__ not in QUANTISED_WEIGHTS and parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for module in model.modules():
+        if type(module).__name__ == FOUR_BIT_LAYER:
+            module.compute_dtype = torch.float32  # type: ignore[assignment]
 
 
 @torch.no_grad()

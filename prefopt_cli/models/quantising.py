@@ -13,6 +13,7 @@ from transformers.utils import is_bitsandbytes_available
 from prefopt_cli.errors import UserError
 from prefopt_cli.models.policy import PolicySource
 from prefopt_cli.models.quantised import kept_modules, quantised_layers, stores_few_bits
+from prefopt_cli.recipe.launch_checks import cannot_be_sharded
 from prefopt_cli.recipe.quantization_settings import QuantizationSettings
 from prefopt_cli.recipe.schema import LoraAdapter, Recipe
 
@@ -27,7 +28,9 @@ def computing_device(recipe: Recipe) -> str:
     return "cuda" if torch.cuda.is_available() and not recipe.training.get("use_cpu") else "cpu"
 
 
-def quantised_start(source: PolicySource, recipe: Recipe, config: Any) -> PolicySource:
+def quantised_start(
+    source: PolicySource, recipe: Recipe, config: Any, sharding: tuple[str, int] | None = None
+) -> PolicySource:
     """The policy that a recipe starts from, its weights quantised as the recipe has it.
 
     A folder whose weights are quantised already keeps its own settings. A run's adapter goes on where it was trained,
@@ -37,13 +40,15 @@ def quantised_start(source: PolicySource, recipe: Recipe, config: Any) -> Policy
         source: as the recipe names it; of a run, quantised as the run was.
         recipe: of the run to come.
         config: the source's model configuration.
+        sharding: the engine that the run's processes share the model by, and its ZeRO stage; None: the recipe's.
 
     Raises:
-        UserError: the weights, or the adapter's run, were quantised in another way, or all weights are to be trained
-            and have few bits.
+        UserError: the weights, or the adapter's run, were quantised in another way, all weights are to be trained
+            and have few bits, or the engine cannot take such weights apart.
     """
     wanted = recipe.quantization if isinstance(recipe.quantization, QuantizationSettings) else None
     adapts = isinstance(recipe.adapter, LoraAdapter)
+    sharding = sharding or (recipe.launch.engine, recipe.launch.zero_stage)
     if stores_few_bits(config):
         _require_own_bits(source, wanted, config)
         if not adapts:
@@ -51,9 +56,11 @@ def quantised_start(source: PolicySource, recipe: Recipe, config: Any) -> Policy
                 f"adapter: none: the weights of {source.place} are quantised, and cannot be trained themselves. Add "
                 "adapter: {type: lora, r: 16}, or start from unquantised weights."
             )
+        _require_whole(source, own_quantization(config), *sharding)
         return replace(source, quantization=None)
     if source.adapter is not None and (source.run is not None or source.quantization is not None):
         _require_same_bits(source, wanted, adapts=adapts)
+    _require_whole(source, wanted, *sharding)
     return replace(source, quantization=settled(wanted, computing_device(recipe)) if wanted else None)
 
 
@@ -228,12 +235,28 @@ def _require_own_bits(source: PolicySource, wanted: QuantizationSettings | None,
     )
 
 
+def _require_whole(
+    source: PolicySource, quantization: QuantizationSettings | None, engine: str, zero_stage: int
+) -> None:
+    """Refuse an engine that would take apart what must stay whole; of the recipe's own words `check` says it before."""
+    fault = cannot_be_sharded(quantization, engine, zero_stage) if quantization else None
+    if quantization is None or fault is None:
+        return
+    kept = " in tensors of uint8" if fault == "storage" else ""
+    remedy = "launch.zero_stage: 2" if fault == "stage" else "launch.engine: ddp"
+    raise UserError(
+        f"launch.engine: {engine}{' with zero_stage: 3' * (fault == 'stage')} takes weights apart, which those of "
+        f"{source.place} do not bear: they are kept in {quantization.bits} bits{kept}. Write {remedy}, or start from "
+        "unquantised weights."
+    )
+
+
 def _require_same_bits(source: PolicySource, wanted: QuantizationSettings | None, *, adapts: bool) -> None:
     """Refuse to move an adapter to weights that it was not trained on."""
     before = source.quantization
     if before is not None and not adapts:
         raise UserError(
-            f"adapter: none: {source.place} was quantised ({before.describe()}) under the adapter {source.adapter}, "
+            f"adapter: none: {source.place} was loaded in {before.bits} bits under the adapter {source.adapter}, "
             "and quantised weights cannot be trained. Make one plain model of both with `prefopt merge`, and start "
             "from that."
         )

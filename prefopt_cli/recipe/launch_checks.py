@@ -1,7 +1,7 @@
 """Combinations in the ``launch`` and ``quantization`` sections that cannot work."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 from prefopt_cli.recipe.problems import Problem
@@ -82,6 +82,19 @@ def _bits_need_an_adapter(settings: Settings) -> Iterator[Problem]:
         )
 
 
+def cannot_be_sharded(
+    quantization: QuantizationSettings, engine: str, zero_stage: int
+) -> Literal["stage", "bits", "storage"] | None:
+    """What keeps an engine from taking quantised weights apart; None where it can, or leaves them whole."""
+    if engine == "deepspeed" and zero_stage == 3:
+        return "stage"
+    if engine != "fsdp":
+        return None
+    if quantization.bits == 8:
+        return "bits"
+    return "storage" if quantization.storage_dtype == "uint8" else None
+
+
 def _bits_that_are_sharded(settings: Settings) -> Iterator[Problem]:
     """What the engines that take weights apart can do with quantised ones."""
     bits = settings.get("quantization", "bits")
@@ -89,18 +102,19 @@ def _bits_that_are_sharded(settings: Settings) -> Iterator[Problem]:
         settings.mistaken(*key) for key in (("launch", "engine"), ("launch", "zero_stage"))
     ):
         return
-    if _engine(settings) == "deepspeed" and settings.get("launch", "zero_stage") == 3:
+    storage = settings.get("quantization", "storage_dtype") or "uint8"
+    stored = QuantizationSettings.model_construct(bits=bits, storage_dtype=storage)
+    fault = cannot_be_sharded(stored, _engine(settings), settings.get("launch", "zero_stage") or 2)
+    if fault == "stage":
         yield Problem(
             ("launch", "zero_stage"),
             "3 takes weights apart, which quantised ones do not bear; write 2, or engine: fsdp",
         )
-    if _engine(settings) != "fsdp" or settings.mistaken("quantization", "storage_dtype"):
-        return
-    if bits == 8:
+    elif fault == "bits":
         yield Problem(
             ("quantization", "bits"), "fsdp takes weights apart, which those of 8 bits do not bear; write 4"
         )
-    elif settings.get("quantization", "storage_dtype") in (None, "uint8"):
+    elif fault == "storage" and not settings.mistaken("quantization", "storage_dtype"):
         dtype = settings.get("model", "dtype")
         wanted = dtype if dtype in ("float32", "bfloat16", "float16") else "bfloat16"
         yield Problem(

@@ -81,11 +81,19 @@ class Locations:
             return (0, problem.line, f"{self.file}:{problem.line}")
         for length in range(len(problem.path), -1, -1):
             path = problem.path[:length]
+            if length == len(problem.path) and path and (below := self._override_below(path)):
+                return (1, 0, f"override {below!r}")
             if path in self.overrides:
                 return (1, 0, f"override {self.overrides[path]!r}")
             if path in self.lines:
                 return (0, self.lines[path], f"{self.file}:{self.lines[path]}")
         return (0, 0, self.file)
+
+    def _override_below(self, path: Path) -> str | None:
+        """The override that made a section which the file does not have."""
+        if path in self.lines or path in self.overrides:
+            return None
+        return next((self.overrides[known] for known in self.overrides if known[: len(path)] == path), None)
 
 
 def problems_error(problems: Sequence[Problem], locations: Locations) -> UserError:

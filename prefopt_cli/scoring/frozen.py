@@ -24,6 +24,10 @@ BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 Progress = Callable[[int, int], None]
 
 
+class ScoringStopped(Exception):
+    """A signal came while the data was scored; every process leaves at the same place."""
+
+
 @dataclass(frozen=True)
 class FrozenScores:
     """Log-probabilities under a frozen policy, and what it took to have them."""
@@ -59,7 +63,9 @@ def score_frozen(
     padding_id: int = 0,
     batch_examples: int | None = None,
     progress: Progress | None = None,
+    stopping: Callable[[], bool] = lambda: False,
     together: bool = False,
+    device: torch.device | None = None,
 ) -> FrozenScores:
     """Score the responses of all examples; what the cache knows is not computed again.
 
@@ -76,7 +82,12 @@ def score_frozen(
         padding_id: id that fills rows up.
         batch_examples: at most so many prompts in a batch (besides the limit of `BATCH_TOKENS`).
         progress: told how many of the missing responses are done, in this process's share.
+        stopping: asked after every batch whether to stop; where any process is to, all do once their batch is done.
         together: whether every batch takes all processes, each of which has a part of the model's weights.
+        device: where the model is computed, if that is not where its weights are.
+
+    Raises:
+        ScoringStopped: some process was to stop; what was scored until then is in the cache.
     """
     start = time.perf_counter()
     keys = [
@@ -88,15 +99,20 @@ def score_frozen(
     known = _broadcast(cache.read(policy, unique) if state.is_main_process else None)
     scores = {key: float(logp) for key, logp in zip(unique, known, strict=True) if not np.isnan(logp)}
     missing = _missing(examples, keys, scores)
-    budget = _budget(model)
+    device = device or next(model.parameters()).device
+    budget = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
     parts = [part for group in missing for part in _parts(group, layout, budget)]
     batches = list(_batches(parts, layout, budget, batch_examples))
     share = batches[state.process_index :: state.num_processes]
     if together and len(share) * state.num_processes < len(batches):
         share.append(batches[-1])  # once more, so that nobody waits
-    scorer = _Scorer(model, layout, autocast, padding_id, halves=not together)
-    computed, tokens = _compute(scorer, share, policy, cache, progress)
-    for part in gather_object([computed]):
+    scorer = _Scorer(model, device, layout, autocast, padding_id, halves=not together)
+    computed = _compute(scorer, share, policy, cache, progress, stopping)
+    # A process that left at once would leave the others waiting here, for good.
+    parts_of_all = gather_object([(computed, computed.keys() != _keys(share))])
+    if any(stopped for _, stopped in parts_of_all):
+        raise ScoringStopped
+    for part, _ in parts_of_all:
         scores.update(part)
         if state.is_main_process and state.num_processes > 1:  # others may write to a disk of their own
             cache.write(policy, list(part), list(part.values()))
@@ -104,7 +120,7 @@ def score_frozen(
         logps=[[scores[key] for key in listed] for listed in keys],
         responses=len(unique),
         computed=sum(len(names) for names, _ in missing),
-        tokens=tokens,
+        tokens=sum(example.tokens for batch in share for _, example in batch),
         seconds=time.perf_counter() - start,
     )
 
@@ -167,16 +183,12 @@ def _size(batch: Sequence[_Missing], layout: Layout) -> int:
     return max(e.longest for e in examples) * sum(len(e.responses) for e in examples)
 
 
-def _budget(model: nn.Module) -> int:
-    device = next(model.parameters()).device.type
-    return BATCH_TOKENS.get(device, BATCH_TOKENS["cpu"])
-
-
 @dataclass(frozen=True)
 class _Scorer:
     """A model with all that it takes to score a batch with it."""
 
     model: nn.Module
+    device: torch.device
     layout: Layout
     autocast: Callable[[], AbstractContextManager[Any]]
     padding_id: int
@@ -204,10 +216,9 @@ class _Scorer:
         return {**self.logps(batch[:middle]), **self.logps(batch[middle:])}
 
     def _at_once(self, batch: Sequence[_Missing]) -> dict[bytes, float]:
-        device = next(self.model.parameters()).device
         tensors = self.layout.batch([example for _, example in batch], self.padding_id)
         with torch.no_grad(), self.autocast():
-            inputs = {name: tensor.to(device) for name, tensor in tensors.items()}
+            inputs = {name: tensor.to(self.device) for name, tensor in tensors.items()}
             logps = score_responses(self.model, inputs, self.layout).logps.tolist()
         return dict(zip(_response_major([names for names, _ in batch]), logps, strict=True))
 
@@ -218,10 +229,11 @@ def _compute(
     policy: Policy,
     cache: ScoreCache,
     progress: Progress | None,
-) -> tuple[dict[bytes, float], int]:
-    """Score batches and keep the scores; returns them by key, with the tokens (without padding) that it took."""
+    stopping: Callable[[], bool],
+) -> dict[bytes, float]:
+    """Score batches, until asked to stop, and keep the scores; returns them by key."""
     scores: dict[bytes, float] = {}
-    total = sum(len(names) for batch in batches for names, _ in batch)
+    total = len(_keys(batches))
     training = scorer.model.training
     scorer.model.eval()
     try:
@@ -230,10 +242,16 @@ def _compute(
             cache.write(policy, list(done), list(done.values()))
             scores.update(done)
             if progress:
-                progress(min(len(scores), total), total)
+                progress(len(scores), total)
+            if stopping():
+                break
     finally:
         scorer.model.train(training)
-    return scores, sum(example.tokens for batch in batches for _, example in batch)
+    return scores
+
+
+def _keys(batches: Sequence[Sequence[_Missing]]) -> set[bytes]:
+    return {name for batch in batches for names, _ in batch for name in names}
 
 
 def _response_major(names: Sequence[Sequence[bytes]]) -> list[bytes]:

@@ -227,7 +227,8 @@ class OnlyLoad(TrainerCallback):
 def stopping_gently() -> Iterator[StopSignal]:
     """Ctrl-C or SIGTERM within the block lets the step or evaluation end; a second one stops at once.
 
-    Under prefopt's launcher both come through it, as SIGINT, and it says so itself.
+    Under prefopt's launcher both come through it, as SIGINT, and it says so itself. It may do so late, when another
+    process has heard of the signal first and all have agreed to stop: then it no longer ends anything.
 
     Raises:
         KeyboardInterrupt: the signal came twice.
@@ -254,6 +255,8 @@ def stopping_gently() -> Iterator[StopSignal]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if stop.asked():
+            worker.stay_stopped()
 
 
 def remove_unfinished(checkpoints: Path) -> None:

@@ -113,20 +113,17 @@ def _loading(recipe: Recipe, lineage: dict[str, Any]) -> list[str]:
         "import torch\n"
         "from peft import PeftModel\n"
         "from transformers import AutoModelForCausalLM, BitsAndBytesConfig\n\n"
-        f"quantization = BitsAndBytesConfig({_in_code(quantization)})\n"
+        f"quantization = BitsAndBytesConfig({_in_code(quantization, lineage)})\n"
         f"base = AutoModelForCausalLM.from_pretrained({', '.join(base)})\n"
         'policy = PeftModel.from_pretrained(base, ".")  # the folder of this file\n'
         "```",
     ]
 
 
-def _in_code(quantization: QuantizationSettings) -> str:
+def _in_code(quantization: QuantizationSettings, lineage: dict[str, Any]) -> str:
     """The settings as arguments in Python."""
-    skipped = (
-        f", llm_int8_skip_modules={[*quantization.skip_modules, 'lm_head']}"
-        if quantization.skip_modules
-        else ""
-    )
+    kept = lineage.get("kept_modules") or quantization.skip_modules  # runs of old tell no more
+    skipped = f", llm_int8_skip_modules={kept}" if kept else ""
     if quantization.bits == 8:
         return f"load_in_8bit=True, llm_int8_threshold={quantization.threshold}{skipped}"
     return (

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.models.adapters import is_stacked
+from prefopt_cli.recipe.launch_settings import LaunchSettings
 
 Engine = Literal["ddp", "fsdp", "deepspeed"]
 
@@ -35,6 +36,14 @@ def engine() -> Engine:
         if os.environ.get(variable, "false").lower() in ("true", "1"):
             return name  # type: ignore[return-value]
     return "ddp"
+
+
+def sharding_asked(launch: LaunchSettings) -> tuple[str, int]:
+    """(engine, ZeRO stage): what a launcher's environment asks for, else what the recipe will have it ask for."""
+    if (asked := engine()) == "ddp":
+        return launch.engine, launch.zero_stage
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+    return asked, int(stage) if stage.isdecimal() else launch.zero_stage
 
 
 def require_engine() -> None:
@@ -99,7 +108,7 @@ def engines_on_any_device() -> Iterator[None]:
 
 
 def _keep_precision(plugin: Any) -> None:
-    """Weights in half precision for computing only: accelerate would round log-probabilities and gradients' sums, too."""
+    """Half precision for computing only: accelerate would round log-probabilities and sums of gradients, too."""
     policy = getattr(plugin, "mixed_precision_policy", None)
     if isinstance(policy, MixedPrecisionPolicy) and policy.param_dtype is not None:
         plugin.mixed_precision_policy = MixedPrecisionPolicy(
@@ -113,7 +122,7 @@ def shard(model: nn.Module, args: TrainingArguments) -> nn.Module:
     The trainer would do it later, after the frozen policies have been scored; a device that the whole model does not
     fit would never come so far, and the policy and its reference would be computed in different numbers.
     """
-    if engine() != "fsdp":
+    if engine() != "fsdp" or not torch.distributed.is_initialized():
         return model.to(args.device)
     with engines_on_any_device():
         accelerator = Accelerator(mixed_precision=args.mixed_precision, cpu=args.device.type == "cpu")

@@ -4,6 +4,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from prefopt_cli.models.adapters import save_adapter
+from prefopt_cli.models.policy import recorded_quantization, write_quantization
 from prefopt_cli.runs import atomic
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.engines import whole_weights
@@ -25,6 +26,8 @@ def export_policy(
     with atomic.folder(run.model) as folder:
         if isinstance(model, PeftModel):
             save_adapter(model, folder, weights)
+            if (quantization := recorded_quantization(run.read_manifest()["lineage"])) is not None:
+                write_quantization(folder, quantization)
         else:
             model.save_pretrained(str(folder), state_dict=weights)
         tokenizer.save_pretrained(str(folder))

@@ -34,10 +34,6 @@ SCORES_VERSION = "1"
 Sets = Mapping[str, Dataset]
 
 
-class ScoringStopped(Exception):
-    """A signal came while the data was scored."""
-
-
 @dataclass(frozen=True)
 class SetScores:
     """Log-probabilities of the responses of several sets under one policy."""
@@ -81,13 +77,6 @@ def score_sets(
     examples = [example for rows in sets.values() for example in examples_of(rows)]
     sharded = is_sharded(model)
     digest = digest or shared_digest(model, args)
-    asked = agreed(stopping, args.device) if sharded else stopping
-
-    def progress(done: int, total: int) -> None:
-        reporter.progress(task, done, total)
-        if asked():
-            raise ScoringStopped
-
     try:
         with ScoreCache(report=reporter.message) as cache:
             scores = score_frozen(
@@ -99,13 +88,11 @@ def score_sets(
                 autocast=precision(args),
                 padding_id=padding_id,
                 batch_examples=args.precompute_ref_batch_size,
-                progress=progress,
+                progress=lambda done, total: reporter.progress(task, done, total),
+                stopping=agreed(stopping, args.device) if sharded else stopping,
                 together=sharded,
+                device=args.device,
             )
-    except RuntimeError as error:
-        if stopping():  # another process has left first, while this one waited for its scores
-            raise ScoringStopped from error
-        raise
     finally:
         if args.device.type == "cuda":
             torch.cuda.empty_cache()  # the peak of scoring must not stay reserved
@@ -183,7 +170,8 @@ def shards(recipe: Recipe) -> bool:
 
     Under an adapter the policy stays whole, in its checkpoint's type, until the trainer has added the adapter.
     """
-    return engine() == "fsdp" and recipe.adapter == "none"
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several and engine() == "fsdp" and recipe.adapter == "none"
 
 
 def on_device(model: nn.Module, recipe: Recipe, args: DPOConfig) -> nn.Module:
@@ -264,9 +252,10 @@ def numerics(args: DPOConfig, *, sharded: bool = False) -> dict[str, str]:
 
     FSDP casts all weights to half precision; autocast by itself leaves norms and embeddings as they are.
     """
+    half = args.mixed_precision in ("bf16", "fp16")
     return {
-        **({"engine": "fsdp"} if sharded and (args.bf16 or args.fp16) else {}),
-        "autocast": "bf16" if args.bf16 else "fp16" if args.fp16 else "none",
+        **({"engine": "fsdp"} if sharded and half else {}),
+        "autocast": args.mixed_precision if half else "none",
         "device": args.device.type,
         "matmul": f"{torch.get_float32_matmul_precision()}, tf32 {torch.backends.cuda.matmul.allow_tf32}",
         "transformers": transformers.__version__,
@@ -275,8 +264,6 @@ def numerics(args: DPOConfig, *, sharded: bool = False) -> dict[str, str]:
 
 
 def precision(args: DPOConfig) -> Callable[[], AbstractContextManager[Any]]:
-    """The autocast that the trainer will run the model in."""
-    if not (args.bf16 or args.fp16):
-        return nullcontext
-    dtype = torch.bfloat16 if args.bf16 else torch.float16
-    return lambda: torch.autocast(args.device.type, dtype=dtype)
+    """The autocast that the trainer will run the model in, whether the recipe or accelerate asks for it."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.mixed_precision)
+    return nullcontext if dtype is None else lambda: torch.autocast(args.device.type, dtype=dtype)

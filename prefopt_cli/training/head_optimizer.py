@@ -60,9 +60,10 @@ class HeadOptimizer(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The step, unless half precision has overflown: the policy has taken none then either."""
+        """The step, unless half precision has overflown somewhere: the policy takes none then either."""
         gradients = [parameter.grad for parameter in self._head.parameters() if parameter.grad is not None]
-        if gradients and all(bool(gradient.isfinite().all()) for gradient in gradients):
+        finite = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        if gradients and finite and not self._trainer.accelerator.optimizer_step_was_skipped:
             for group in self._optimizer.param_groups:
                 group["lr"] = self.learning_rate
             self._optimizer.step()

@@ -175,6 +175,7 @@ class _Search:
             processes=self._batches.processes,
             on_gpu=self._memory.device != "cpu",
             reference_on_data=self._memory.objective.reference == "data",
+            base=self._memory.base(self._recipe),
         )
 
     def _on(self, rung: Rung) -> Proposal | None:

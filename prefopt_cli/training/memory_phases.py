@@ -146,10 +146,10 @@ def _before(
     whole = {"weights": weights, **{part: holding.passing.get(part, 0) for part in passing}}
     if forward.earlier_policies and shape.device == "cpu":  # on a GPU the policy makes room for them
         whole["frozen policy"] = weights
-    most, least = (
-        with_allocator({**whole, **forward_bytes(model, tokens, shape)}, shape.device)
-        for tokens in (forward.scored, forward.longest)
-    )
+    read = [forward_bytes(model, tokens, shape) for tokens in (forward.scored, forward.longest)]
+    if sharded:  # weights are gathered in low precision, and autocast has nothing left to copy
+        read = [_held(parts, holding) for parts in read]
+    most, least = (with_allocator({**whole, **parts}, shape.device) for parts in read)
     return most, sum((most if sharded else least).values())
 
 

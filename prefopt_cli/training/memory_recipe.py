@@ -4,14 +4,17 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from prefopt_cli.models import loading
-from prefopt_cli.models.quantising import own_quantization, settled
+from prefopt_cli.models.quantised import stores_few_bits
+from prefopt_cli.models.quantising import own_quantization, quantised_start, settled
 from prefopt_cli.recipe.schema import LoraAdapter, QuantizationSettings, Recipe
 from prefopt_cli.scoring.frozen import BATCH_TOKENS
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.scoring.packing import Example
 from prefopt_cli.scoring.savings import draw_batches, heaviest_batch
+from prefopt_cli.training.engines import sharding_asked
 from prefopt_cli.training.extent import prompt_lengths, row_lengths
 from prefopt_cli.training.forecast import blank, checkpoints_layers, heaviest_examples, reference_use
 from prefopt_cli.training.memory import (
@@ -26,9 +29,13 @@ from prefopt_cli.training.memory import (
     trace,
 )
 from prefopt_cli.training.memory_engines import sharing_of
+from prefopt_cli.training.memory_settings import Base
 from prefopt_cli.training.memory_step import StepShape
 from prefopt_cli.training.objectives import Objective
 from prefopt_cli.training.preparation import Prepared, degree_settings, sampling_settings, training_field
+
+UNDER_AN_ADAPTER = LoraAdapter(type="lora")
+"""Any will do: weights that are not trained stay in their checkpoint's type."""
 
 
 class RecipeMemory:
@@ -54,7 +61,6 @@ class RecipeMemory:
     ) -> None:
         self.prepared, self.device, self.gpus = prepared, device, gpus
         self.objective, self._layout = objective, layout
-        self._recipe = recipe
         self._skeletons: dict[str, Any] = {_skeleton_key(recipe): prepared.skeleton}
         self._steps: dict[tuple[Any, ...], TracedStep] = {}
         self._heaviest: dict[int, list[Example]] = {}
@@ -80,23 +86,40 @@ class RecipeMemory:
             optimizer=training_field(recipe.training, "optim"),
             sharing=sharing_of(recipe, self.gpus),
             sampling=sampling,
-            quantization=self._quantization(recipe),
+            quantization=self.quantization(recipe),
             forward=self._forward(recipe),
         )
 
     def _skeleton(self, recipe: Recipe) -> Any:
         key = _skeleton_key(recipe)
         if key not in self._skeletons:
-            source = replace(self.prepared.source, quantization=self._quantization(recipe))
+            source = replace(self.prepared.source, quantization=self.quantization(recipe))
             self._skeletons[key] = loading.on_meta_device(source, recipe.model, recipe.adapter)
         return self._skeletons[key]
 
-    def _quantization(self, recipe: Recipe) -> QuantizationSettings | None:
-        """How the base is stored: as the recipe says, or as its folder or run has it already."""
+    def quantization(self, recipe: Recipe) -> QuantizationSettings | None:
+        """How the base is stored: as the recipe says, or as its folder has it already.
+
+        Raises:
+            UserError: such a recipe would be refused; see `quantised_start`.
+        """
+        source, config = self.prepared.source, self.prepared.config
+        start = quantised_start(source, recipe, config, sharding_asked(recipe.launch))
         wanted = recipe.quantization
-        if wanted != self._recipe.quantization and isinstance(wanted, QuantizationSettings):
-            return settled(wanted, self.device)
-        return self.prepared.source.quantization or own_quantization(self.prepared.config)
+        if start.quantization is None or not isinstance(wanted, QuantizationSettings):
+            return own_quantization(config)
+        return settled(wanted, self.device)
+
+    def base(self, recipe: Recipe) -> Base:
+        """What `memory_settings` must know of the weights that a recipe starts from."""
+        source, config = self.prepared.source, self.prepared.config
+        dtype = loading.weights_dtype(recipe.model, UNDER_AN_ADAPTER)
+        dtype = (config.dtype or torch.float32) if dtype == loading.CHECKPOINT_DTYPE else dtype
+        return Base(
+            quantization=self.quantization(recipe),
+            may_be_quantised=source.adapter is None and not stores_few_bits(config),
+            dtype=str(dtype).removeprefix("torch."),
+        )
 
     def _step(self, recipe: Recipe, skeleton: Any, sampling: Sampling | None) -> TracedStep:
         given = recipe.training

@@ -7,7 +7,6 @@ thing, an adapter and a base of 4 bits, comes last.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
 from prefopt_cli.recipe.schema import (
     LoraAdapter,
@@ -43,6 +42,18 @@ class Rung:
 
     def __add__(self, other: Setting) -> "Rung":
         return replace(self, settings=(*self.settings, other))
+
+
+@dataclass(frozen=True)
+class Base:
+    """The weights that a recipe starts from, as far as they decide what can be proposed."""
+
+    quantization: QuantizationSettings | None
+    """How they are quantised, by the recipe or in their folder."""
+    may_be_quantised: bool
+    """Whether the recipe may say how: not of a folder that is quantised, nor under an adapter that they have."""
+    dtype: str
+    """Of the model under an adapter, as torch names it."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +136,9 @@ def _samples(recipe: Recipe, before: int, after: int) -> Iterator[Setting]:
     yield Setting(f"{place}={each}", "samples of the policy in each process", keeps_result=same)
 
 
-def rungs(recipe: Recipe, *, processes: int, on_gpu: bool, reference_on_data: bool) -> Iterator[Rung]:
+def rungs(
+    recipe: Recipe, *, processes: int, on_gpu: bool, reference_on_data: bool, base: Base
+) -> Iterator[Rung]:
     """Sets of settings, each of which is to be tried with all micro-batches.
 
     Args:
@@ -133,16 +146,17 @@ def rungs(recipe: Recipe, *, processes: int, on_gpu: bool, reference_on_data: bo
         processes: that there will be.
         on_gpu: whether the run is on GPUs, whose memory is not the machine's.
         reference_on_data: whether the method asks its reference about the data.
+        base: the weights that it starts from.
     """
     here = Rung()
     yield here
     for lighter in _lighter(recipe, reference_on_data):
         here += lighter
         yield here
-    if processes > 1:
+    if processes > 1 and base.quantization is None:  # few bits are left as they are shared
         yield from _sharded(recipe, here, on_gpu=on_gpu)
-    for smaller in _other_training(recipe):
-        here += smaller
+    for smaller in _other_training(recipe, base):
+        here = replace(here, settings=(*here.settings, *smaller))
         yield here
 
 
@@ -158,8 +172,6 @@ def _lighter(recipe: Recipe, reference_on_data: bool) -> Iterator[Setting]:
 def _sharded(recipe: Recipe, here: Rung, *, on_gpu: bool) -> Iterator[Rung]:
     """Weights, gradients and optimizer in parts; of DeepSpeed the stages that the recipe does not have yet."""
     launch = recipe.launch
-    if isinstance(recipe.quantization, QuantizationSettings):
-        return  # packed bits are not sharded
     if launch.engine == "deepspeed":
         for stage in range(launch.zero_stage + 1, 4):
             here = Rung(tuple(each for each in here.settings if "zero_stage" not in each.override))
@@ -183,11 +195,20 @@ def _sharded(recipe: Recipe, here: Rung, *, on_gpu: bool) -> Iterator[Rung]:
             yield replace(here + Setting(SYNC, "gradients sharded after every micro-batch"), accumulates=True)
 
 
-def _other_training(recipe: Recipe) -> Iterator[Setting]:
-    quantization: Any = recipe.quantization
+def _other_training(recipe: Recipe, base: Base) -> Iterator[tuple[Setting, ...]]:
     if not isinstance(recipe.adapter, LoraAdapter):
         does = "an adapter is trained instead of all weights, mostly at a higher learning rate"
-        yield Setting("adapter={type: lora, r: 16}", does, keeps_result=False)
-    if quantization == "none" or quantization.bits == 8:
-        does = "the base in 4 bits (NF4), which rounds it"
-        yield Setting("quantization={bits: 4}", does, keeps_result=False)
+        yield (Setting("adapter={type: lora, r: 16}", does, keeps_result=False),)
+    if base.may_be_quantised and (base.quantization is None or base.quantization.bits == 8):
+        yield tuple(_four_bits(recipe, base))
+
+
+def _four_bits(recipe: Recipe, base: Base) -> Iterator[Setting]:
+    """A base of 4 bits, as the engine can share it."""
+    launch, storage = recipe.launch, ""
+    if launch.engine == "deepspeed" and launch.zero_stage == 3:
+        yield Setting("launch.zero_stage=2", "weights of few bits stay whole in each process")
+    if launch.engine == "fsdp":
+        storage = f", storage_dtype: {base.dtype}"  # of tensors that it can take apart
+    does = "the base in 4 bits (NF4), which rounds it"
+    yield Setting(f"quantization={{bits: 4{storage}}}", does, keeps_result=False)

@@ -33,6 +33,7 @@ from prefopt_cli.recipe.training_fields import OWN_FIELDS
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.scoring.choice import wants_router_loss
 from prefopt_cli.training.degree_checks import require_metric
+from prefopt_cli.training.engines import sharding_asked
 from prefopt_cli.training.extent import largest_id, longest_row, row_lengths
 from prefopt_cli.training.previous_checks import require_same_tokenizer, require_steady_scores
 from prefopt_cli.training.reporting import Reporter
@@ -85,7 +86,7 @@ def prepare(recipe: Recipe, reporter: Reporter, runs: RunFinder | None = None) -
     if not source.is_local:  # without a connection the hub's client takes its time to give up
         reporter.message(f"Looking for {source.weights} in the hub's cache and on the hub.")
     config = loading.load_config(source, recipe.model)
-    source = quantised_start(source, recipe, config)
+    source = quantised_start(source, recipe, config, sharding_asked(recipe.launch))
     _tell_numbers(source, recipe, reporter)
     require_states(recipe, config)
     skeleton = loading.on_meta_device(source, recipe.model, recipe.adapter, stacked=stacks(recipe, source))

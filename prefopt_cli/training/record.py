@@ -7,8 +7,10 @@ from typing import Any
 
 from trl import DPOConfig
 
+from prefopt_cli.models import loading
 from prefopt_cli.models.ancestry import as_ancestor
 from prefopt_cli.models.policy import PolicySource, describe_reference, fingerprint, merge_record
+from prefopt_cli.models.quantised import kept_modules
 from prefopt_cli.recipe.schema import Recipe, dimension_of
 from prefopt_cli.runs import environment
 from prefopt_cli.runs.folder import RunFolder
@@ -75,6 +77,7 @@ def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
         "weights": _absolute(source.weights) if source.is_local else source.weights,
         "adapter": _absolute(source.adapter) if source.adapter else None,
         "quantization": source.quantization.model_dump() if source.quantization else None,
+        "kept_modules": _kept_modules(recipe, source),
         "fingerprint": own,
         "reference": describe_reference(source, recipe.adapter, stacked=prepared.stacked),
         "weights_fingerprint": fingerprint(PolicySource(source.weights), commit),
@@ -96,6 +99,14 @@ def _lineage(recipe: Recipe, prepared: Prepared) -> dict[str, Any]:
             merged_from=record["fingerprint"],
         )
     return lineage
+
+
+def _kept_modules(recipe: Recipe, source: PolicySource) -> list[str] | None:
+    """What stays as it is of weights that are quantised, in the library's words; None: what it leaves alone anyway."""
+    if source.quantization is None or not source.quantization.skip_modules:
+        return None
+    bare = loading.on_meta_device(source, recipe.model, "none")  # an adapter has modules of its own
+    return kept_modules(bare, source.quantization)
 
 
 def _after(source: PolicySource, run: RunFolder, own: str) -> dict[str, Any]:

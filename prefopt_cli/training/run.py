@@ -18,6 +18,7 @@ from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs import atomic, metrics
 from prefopt_cli.runs.finding import RunFinder
 from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.scoring.frozen import ScoringStopped
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training import callbacks
 from prefopt_cli.training.arguments import training_arguments
@@ -31,7 +32,6 @@ from prefopt_cli.training.engines import (
 from prefopt_cli.training.export import export_policy
 from prefopt_cli.training.failures import explained
 from prefopt_cli.training.frozen_policies import (
-    ScoringStopped,
     on_device,
     set_aside,
     shards,

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from trl import DPOConfig
 
+from prefopt_cli.errors import UserError
 from prefopt_cli.recipe.schema import SelfSupervisedSettings
 from prefopt_cli.scoring.forward import ResponseScores, plain_model, score_responses
 from prefopt_cli.scoring.layout import Layout
 from prefopt_cli.training.degree_batches import DegreeCollator, EpochCount
 from prefopt_cli.training.head_optimizer import HeadOptimizer
+from prefopt_cli.training.last_batch import mean_over_rows
 from prefopt_cli.training.row_metrics import RowMetrics
 from prefopt_cli.training.trainer import PreferenceTrainer
 
@@ -49,6 +51,11 @@ class SelfSupervisedTrainer(PreferenceTrainer):
         if self.aux_loss_enabled:
             raise ValueError(
                 "A model whose experts are balanced by a loss runs in a way that shows no states."
+            )
+        if self.is_deepspeed_enabled and self.args.fp16:
+            raise UserError(
+                "method self_supervised: DeepSpeed scales the loss of training.fp16 in its own way, which its "
+                "classifier would not learn of. Use training.bf16, or launch.engine: fsdp."
             )
         size = plain_model(self.model).get_output_embeddings().weight.size(1)
         # Not drawn and then overwritten: what is drawn here would be missing elsewhere, in dropout for one.
@@ -106,7 +113,7 @@ class SelfSupervisedTrainer(PreferenceTrainer):
         losses = self._degree_losses(states, inputs)
         if self.model.training:
             self.guard.watch(losses, inputs["row_index"], what="degree loss")
-            loss = loss + self.degrees.ssl_coef * losses.mean()
+            loss = loss + self.degrees.ssl_coef * mean_over_rows(losses, inputs)
         return (loss, {}) if return_outputs else loss
 
     def _degree_losses(self, states: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ from prefopt_cli.losses.soft import pair_weights, sampled_kl, soft_pair_loss, so
 from prefopt_cli.recipe.schema import SoftSettings
 from prefopt_cli.scoring.forward import ResponseScores
 from prefopt_cli.training.batches import Lists
+from prefopt_cli.training.last_batch import mean_over_rows
 from prefopt_cli.training.row_metrics import reward_metrics
 from prefopt_cli.training.samples import SampleWindow
 from prefopt_cli.training.sampling_prompts import SamplingPrompts
@@ -71,7 +72,7 @@ class SoftTrainer(PreferenceTrainer):
         lists = Lists.of(inputs)
         scores = self.score_policy(model, inputs)
         logps = self._row_logps(scores, lists)
-        weights = self._weights(logps)
+        weights = self._weights(logps, inputs)
         losses = self._losses(logps, lists, weights)
         with torch.no_grad():
             metrics = {
@@ -96,7 +97,7 @@ class SoftTrainer(PreferenceTrainer):
         chosen, rejected = logps.unbind(1)
         return soft_pair_loss(chosen, rejected, alpha=alpha, weights=weights)
 
-    def _weights(self, logps: Tensor) -> Tensor | None:
+    def _weights(self, logps: Tensor, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """(B,) mu of pairs (B, 2), relative to the mean over all processes' batches; None where all count alike.
 
         In an evaluation they do: no figure of it may depend on how the pairs are batched.
@@ -104,7 +105,7 @@ class SoftTrainer(PreferenceTrainer):
         if self.settings.mu == "none" or not self.model.training:
             return None
         chosen, rejected = logps.detach().unbind(1)
-        mean = self.accelerator.reduce(torch.logaddexp(chosen, rejected).mean(), "mean")
+        mean = self.accelerator.reduce(mean_over_rows(torch.logaddexp(chosen, rejected), inputs), "mean")
         return pair_weights(
             chosen, rejected, gamma=self.settings.mu.gamma, clamp=self.settings.mu_clamp, mean=mean
         )

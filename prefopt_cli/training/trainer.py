@@ -29,6 +29,7 @@ from prefopt_cli.training.batches import ComparisonCollator, Lists, examples_of,
 from prefopt_cli.training.engines import AbsentReference, engines_on_any_device
 from prefopt_cli.training.extent import longest_row
 from prefopt_cli.training.guard import FiniteGuard
+from prefopt_cli.training.last_batch import counted, mean_over_rows, weigh_rows
 from prefopt_cli.training.metrics import EvalMeans, TrainMeans
 from prefopt_cli.training.row_metrics import RowMetrics, policy_metrics
 
@@ -192,7 +193,7 @@ class PreferenceTrainer(DPOTrainer):
             self.guard.watch(losses, inputs["row_index"])
             self._tokens = self._tokens + inputs["num_tokens"]
         self.note_rows(metrics, inputs)
-        loss = losses.mean()
+        loss = mean_over_rows(losses, inputs)
         if scores.router_loss is not None:
             loss = loss + self.router_aux_loss_coef * scores.router_loss
         return loss
@@ -200,7 +201,7 @@ class PreferenceTrainer(DPOTrainer):
     def note_rows(self, metrics: RowMetrics, inputs: Mapping[str, Tensor]) -> None:
         """Add figures of a batch's rows to those of the next log, or of the evaluation."""
         if self.model.training:
-            self._add(metrics)
+            self._add({name: (counted(t, inputs), counted(n, inputs)) for name, (t, n) in metrics.items()})
         else:
             self._eval_means.add(inputs["row_index"], metrics)
 
@@ -219,6 +220,12 @@ class PreferenceTrainer(DPOTrainer):
     def passing_figures(self) -> dict[str, float]:
         """Figures of the moment, to be shown but not recorded."""
         return {}
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The micro-batches of a step, with what each row counts."""
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        weigh_rows(batches, self.accelerator)
+        return batches, items
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -245,10 +252,7 @@ class PreferenceTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """With the folder there, even where an engine writes its parts of the weights only later.
-
-        The library takes a checkpoint for the best one only if its folder is there by now.
-        """
+        """With the folder there: the library takes none for the best checkpoint whose folder an engine makes later."""
         if output_dir is not None and self.is_world_process_zero():
             Path(output_dir).mkdir(parents=True, exist_ok=True)
         super().save_model(output_dir, _internal_call)

@@ -226,6 +226,9 @@ def test_the_table_names_the_engine(prefopt: Prefopt, recipe: Path, model: str) 
         ("1.5GiB", 3 * 2**29),
         ("512MiB", 2**29),
         ("80GB", 80 * 10**9),
+        ("24G", 24 * 10**9),
+        ("24Gi", 24 * 2**30),
+        ("500 M", 500 * 10**6),
     ],
 )
 def test_sizes(text: str, size: int) -> None:

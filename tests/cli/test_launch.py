@@ -10,6 +10,7 @@ from prefopt_cli.cli.launching import command_again
 from prefopt_cli.errors import PrefoptError
 from prefopt_cli.launch.ending import Ending
 from prefopt_cli.launch.failures import Failure
+from prefopt_cli.launch.signals import Terminated
 from prefopt_cli.launch.supervise import Ended
 from tests.cli.conftest import Prefopt, in_a_process
 
@@ -32,6 +33,7 @@ def test_as_json(prefopt: Prefopt, recipe: Path) -> None:
     assert found["environment"]["ACCELERATE_USE_CPU"] == "true"
     alone = json.loads(prefopt("launch", "print", str(recipe), "--json").out)
     assert alone["command"] == ["prefopt", "train", str(recipe)]
+    assert (alone.keys(), alone["engine"], alone["machine_rank"]) == (found.keys(), "ddp", 0)
 
 
 def test_one_process_needs_no_launcher(prefopt: Prefopt, recipe: Path) -> None:
@@ -125,3 +127,53 @@ def test_srun_with_a_task_for_each_process_is_no_place_for_sample(recipe: Path) 
             del os.environ[name]
     assert done.returncode == 2
     assert "runs in one process" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ((), None),
+        (("manifest.json",), "There is no checkpoint yet. Start over:"),
+        (("manifest.json", "checkpoints/checkpoint-5/model.bin"), "There is no checkpoint yet. Start over:"),
+        (("manifest.json", "checkpoints/checkpoint-5/prefopt.json"), "Go on from the last checkpoint:"),
+        (("chain.json",), "Go on with the chain:"),
+    ],
+)
+def test_what_can_be_gone_on_with(
+    made: tuple[str, ...],
+    words: str | None,
+    recipe: Path,
+    prefopt: Prefopt,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in made:
+        path = recipe.parent / "run" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    ended = Ended(Ending(0, "here", 1, None, Failure("killed.", kind="signal", rank=1)), "killed.")
+    monkeypatch.setattr("prefopt_cli.launch.supervise.supervise", lambda *_, **__: ended)
+    told = prefopt("train", str(recipe), "launch.processes=2").err.split("prefopt: killed.\n")[1]
+    assert told == (
+        "" if words is None else f"{words}\n  prefopt train {recipe} launch.processes=2 --resume\n"
+    )
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_an_interruption_has_a_word_and_a_code(
+    error: type[BaseException], code: int, prefopt: Prefopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("prefopt_cli.recipe.load_recipe", interrupted)
+    result = prefopt("train", "x.yaml")
+    assert (result.code, result.err) == (code, "prefopt: Interrupted.\n")
+
+
+def test_variables_of_a_launcher_are_judged_before_anything_is_loaded(
+    recipe: Path, prefopt: Prefopt, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    result = prefopt("train", str(recipe), "model.name_or_path=none/such")
+    assert result.code == 2
+    assert result.err.startswith("prefopt: WORLD_SIZE is 'two' in the environment")

@@ -13,7 +13,7 @@ from prefopt_cli.evaluation.held_out import chosen_sets, held_out_sets
 from prefopt_cli.evaluation.statistics import Estimate
 from prefopt_cli.evaluation.targets import find_target
 from prefopt_cli.runs.finding import RunFinder
-from prefopt_cli.training.frozen_policies import ScoringStopped
+from prefopt_cli.scoring.frozen import ScoringStopped
 from prefopt_cli.training.reporting import Silent
 from tests.evaluation.plain import load
 from tests.tiny import write_pairs

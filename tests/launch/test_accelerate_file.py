@@ -121,3 +121,23 @@ def test_what_accelerate_cannot_read(tmp_path: Path, text: str) -> None:
 def test_what_prefopt_does_not_train_with(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="distributed_type may be"):
         read_accelerate_file(write(tmp_path, "MEGATRON_LM"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [("", "is empty"), ("# nothing\n", "is empty"), ("7\n", "holds no keys")]
+)
+def test_a_file_without_keys_is_told_of_in_plain_words(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"empty\.yaml {words}; expected a configuration"):
+        read_accelerate_file(str(path))
+
+
+def test_a_file_chooses_the_engine_over_what_a_shell_has_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    plan = plan_launch(LaunchSettings(config=write(tmp_path, "FSDP", FSDP)), ["train", "r.yaml"])
+    assert plan is not None
+    assert plan.environment["ACCELERATE_USE_DEEPSPEED"] == "false"
+    assert plan.environment["ACCELERATE_USE_FSDP"] == "true"

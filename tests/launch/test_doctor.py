@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants
 from packaging.requirements import Requirement
 
-from prefopt_cli.launch.doctor import devices, disk, driver, hub, machine, quantization, versions
+from prefopt_cli.launch.doctor import devices, disk, driver, examination, hub, machine, quantization, versions
 from prefopt_cli.launch.doctor.checkpoints import checkpoint_bytes, shapes
 from prefopt_cli.launch.doctor.examination import Examined, Section, examine, sections
 from prefopt_cli.launch.doctor.finding import Finding, note
@@ -23,6 +23,7 @@ from prefopt_cli.launch.doctor.needs import needs_of
 from prefopt_cli.launch.doctor.of_recipe import of_recipe
 from prefopt_cli.launch.doctor.rendezvous import rendezvous
 from prefopt_cli.recipe import load_recipe
+from tests.cli.conftest import Prefopt, prefopt  # noqa: F401  (a fixture)
 from tests.training.conftest import LORA, RECIPE, Run, make_recipe, run  # noqa: F401  (fixtures)
 
 # --- sections in processes of their own
@@ -87,6 +88,12 @@ def test_a_note_is_a_problem_where_the_recipe_needs_the_thing() -> None:
     assert [finding.state for finding in alone.findings] == ["ok", "note"]
     assert [finding.state for finding in with_recipe.findings] == ["ok", "problem"]
     assert with_recipe.findings[1].text == "no x (training.x needs it)"
+
+
+def test_what_needs_a_thing_is_told_once() -> None:
+    missing = note("deepspeed is not installed; it is for launch.engine: deepspeed", "pip install deepspeed")
+    judged = missing.needed_by("launch.engine: deepspeed")
+    assert (judged.state, judged.text) == ("problem", missing.text)
 
 
 def test_what_is_not_well_needs_a_remedy() -> None:
@@ -259,6 +266,84 @@ def test_a_hub_behind_a_proxy_that_is_not_there(
     assert proxy == ("ok", "HTTP_PROXY is set: requests go through 127.0.0.1")
     assert unreached[0] == "note"
     assert "does not answer" in unreached[1]
+
+
+WRONG_PROXIES = {
+    "a port that is none": "http://someone:secret@host:80a",
+    "half an address": "http://someone:secret@[::1",
+    "a slash in the password": "http://someone:sec/secret@host:8080",
+    "a port too high": "someone:secret@host:99999",
+    "an unknown scheme": "socks4://someone:secret@host:1080",
+}
+
+
+@pytest.mark.parametrize("value", WRONG_PROXIES.values(), ids=WRONG_PROXIES.keys())
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "all_proxy"])
+def test_a_proxy_that_is_no_address(
+    server: dict[str, int], monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    (found,) = hub.hub()
+    assert said(iter([found])) == [("problem", found.text)]
+    assert found.text.startswith(f"{name} is no address of a proxy")
+    assert found.remedy == f"export {name}=http://HOST:PORT, or unset {name}"
+
+
+def test_a_proxy_that_needs_a_package(server: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_installed", lambda package: False)
+    monkeypatch.setenv("ALL_PROXY", "socks5://someone:secret@host:1080")
+    (found,) = hub.hub()
+    assert said(iter([found])) == [
+        ("problem", "ALL_PROXY names a SOCKS proxy, for which a package is not installed")
+    ]
+    assert found.remedy is not None
+    assert found.remedy.startswith("pip install socksio, or export ALL_PROXY=")
+
+
+@pytest.mark.parametrize(
+    "value", ["someone:secret@host", "ftp://someone:secret@host", "https://someone:secret@host:port"]
+)
+def test_an_endpoint_that_is_no_address(
+    server: dict[str, int], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", value)
+    (found,) = said(hub.hub())
+    assert found == ("problem", "HF_ENDPOINT is no address of a hub (https://HOST)")
+
+
+def test_what_a_client_quotes_is_not_shown(server: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that makes no header is quoted by the client's own message."""
+    monkeypatch.setenv("HF_TOKEN", "hf_\x01secret")
+
+    def refuses(*_: object, headers: dict[str, str], **__: object) -> object:
+        raise ValueError(f"{'x' * 90} illegal header value {headers['Authorization']}, {constants.ENDPOINT}")
+
+    monkeypatch.setattr(hub.httpx2, "Client", refuses)
+    (found,) = said(hub.hub())
+    assert found[0] == "note"
+
+
+@pytest.mark.parametrize("form", [(), ("--json",)], ids=["text", "json"])
+def test_no_secret_in_what_is_printed(
+    prefopt: Prefopt,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    form: tuple[str, ...],
+) -> None:
+    """By the command itself, whose sections are processes that read the environment for themselves."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HF_ENDPOINT", "http://someone:secret@127.0.0.1:9")
+    for proxy, words in (
+        ("http://someone:secret@127.0.0.1:9", "requests go through 127.0.0.1"),
+        ("http://someone:secret@host:80a", "HTTPS_PROXY is no address of a proxy"),
+    ):
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        monkeypatch.setattr(
+            examination, "sections", lambda *_, **__: [Section("Hub", "hub"), Section("Disks", "disks")]
+        )
+        shown = prefopt("doctor", *form)
+        assert words in shown.out
+        assert "secret" not in shown.out + shown.err
 
 
 def test_a_hub_that_is_not_to_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:

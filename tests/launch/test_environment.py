@@ -1,8 +1,12 @@
 """Who started a process, judged by environments as the launchers really make them."""
 
+import os
+
 import pytest
 
-from prefopt_cli.launch.environment import adopt_slurm, started_by, with_slurm
+from prefopt_cli.cli import common
+from prefopt_cli.errors import UserError
+from prefopt_cli.launch.environment import adopt_task, started_by, with_slurm
 from prefopt_cli.launch.slurm_step import expand_counts, expand_nodes, slurm_step
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 
@@ -77,6 +81,11 @@ A_TASK_PER_NODE = {
         ({**TORCHRUN, "PREFOPT_LAUNCH": "/tmp/somewhere"}, "prefopt"),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"}, "MPI"),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        # mpirun within a job of Slurm's: its own helpers are the step's tasks, one on each node.
+        ({**A_TASK_PER_NODE, "OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5"}, "MPI"),
+        # srun speaks PMI itself.
+        ({**A_TASK_PER_NODE, "PMI_RANK": "1", "PMI_SIZE": "2"}, None),
+        ({**A_TASK_PER_GPU, "PMI_RANK": "5", "PMI_SIZE": "8"}, "Slurm"),
         (BATCH, None),
         (A_TASK_PER_GPU, "Slurm"),
         (A_TASK_PER_NODE, None),
@@ -89,7 +98,7 @@ def test_who_started_it(environment: dict[str, str], starter: str | None) -> Non
 
 def test_a_task_of_slurm_learns_what_torchrun_would_have_told_it() -> None:
     environment = dict(A_TASK_PER_GPU)
-    adopt_slurm(environment)
+    adopt_task(environment)
     assert {name: value for name, value in environment.items() if not name.startswith("SLURM")} == {
         "RANK": "5",
         "WORLD_SIZE": "8",
@@ -99,14 +108,14 @@ def test_a_task_of_slurm_learns_what_torchrun_would_have_told_it() -> None:
         "MASTER_PORT": str(20000 + 4182337 * 2 % 10000),
     }
     other = {**A_TASK_PER_GPU, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
-    adopt_slurm(other)
+    adopt_task(other)
     assert other["MASTER_PORT"] == environment["MASTER_PORT"]
 
 
 @pytest.mark.parametrize("environment", [{}, BATCH, {**A_TASK_PER_GPU, "RANK": "3"}])
 def test_others_learn_nothing_from_slurm(environment: dict[str, str]) -> None:
     changed = dict(environment)
-    adopt_slurm(changed)
+    adopt_task(changed)
     assert changed == environment
 
 
@@ -148,3 +157,73 @@ def test_tasks_of_nodes() -> None:
 def test_an_incomplete_environment_is_no_step() -> None:
     assert slurm_step({"SLURM_PROCID": "1", "SLURM_STEP_ID": "0"}) is None
     assert slurm_step({**A_TASK_PER_GPU, "SLURM_STEP_NUM_TASKS": "many"}) is None
+
+
+MPI = {
+    "Open MPI": {
+        "OMPI_COMM_WORLD_RANK": "1",
+        "OMPI_COMM_WORLD_SIZE": "2",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+        "PMIX_RANK": "1",
+    },
+    "MVAPICH": {
+        "MV2_COMM_WORLD_RANK": "1",
+        "MV2_COMM_WORLD_SIZE": "2",
+        "MV2_COMM_WORLD_LOCAL_RANK": "1",
+        "MV2_COMM_WORLD_LOCAL_SIZE": "2",
+    },
+    "MPICH": {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
+}
+
+
+@pytest.mark.parametrize("variables", MPI.values(), ids=MPI)
+def test_a_process_of_mpi_learns_what_torchrun_would_have_told_it(variables: dict[str, str]) -> None:
+    environment = dict(variables)
+    assert started_by(environment) == "MPI"
+    adopt_task(environment)
+    assert {name: value for name, value in environment.items() if name not in variables} == {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
+
+
+def test_processes_of_mpi_on_several_machines_must_be_told_where_to_meet() -> None:
+    apart = {**MPI["Open MPI"], "OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    with pytest.raises(UserError, match="MASTER_ADDR is not set"):
+        adopt_task(apart)
+    apart["MASTER_ADDR"] = "gpu09"
+    adopt_task(apart)
+    assert (apart["MASTER_ADDR"], apart["RANK"], apart["LOCAL_RANK"]) == ("gpu09", "1", "0")
+
+
+def test_an_mpi_that_does_not_say_who_is_who() -> None:
+    with pytest.raises(
+        UserError, match=r"PMI_SIZE says .* but MPI_LOCALRANKID and MPI_LOCALNRANKS is no number"
+    ):
+        adopt_task({"PMI_SIZE": "2", "PMI_RANK": "0"})
+
+
+@pytest.mark.parametrize(("rank", "speaks"), [("0", True), ("1", False)])
+def test_one_process_of_mpi_speaks(rank: str, speaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that all are as before afterwards
+        del os.environ[name]
+    for name, value in {**MPI["Open MPI"], "OMPI_COMM_WORLD_RANK": rank}.items():
+        monkeypatch.setenv(name, value)
+    assert common.main_process() is speaks
+    assert common.several_processes()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", "two"), ("WORLD_SIZE", "0"), ("LOCAL_RANK", "")],
+)
+def test_a_variable_that_is_no_number_is_named(name: str, value: str) -> None:
+    for judge in (started_by, adopt_task):
+        with pytest.raises(UserError, match=f"^{name} is '{value}' in the environment"):
+            judge({**TORCHRUN, name: value})

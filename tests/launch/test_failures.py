@@ -1,6 +1,7 @@
 """Which failure is told, and in what words."""
 
 import errno
+import json
 import signal
 from pathlib import Path
 
@@ -76,7 +77,17 @@ def test_endings_travel_between_machines() -> None:
     assert found.failure is not None
     assert "\x1b" not in found.failure.message, "a terminal would obey it"
     assert (found.machine, found.host, found.failed, found.failure.rank) == (1, "gpu02", True, 3)
-    for nonsense in ({}, {"type": "end", "machine": "x"}, {**own.to_message(), "failure": {"message": 3}}):
+    failure = own.to_message()["failure"]
+    for nonsense in (
+        {},
+        {"type": "end", "machine": "x"},
+        {**own.to_message(), "failure": {"message": 3}},
+        {**own.to_message(), "machine": 10**400},
+        {**own.to_message(), "exit_code": [1]},
+        {**own.to_message(), "failure": {**failure, "exit_code": 10**400}},
+        {**own.to_message(), "failure": {**failure, "exit_code": "1"}},
+        {**own.to_message(), "failure": {**failure, "exit_code": 1.5}},
+    ):
         with pytest.raises(ValueError, match="not a"):
             Ending.from_message(nonsense)
 
@@ -84,3 +95,11 @@ def test_endings_travel_between_machines() -> None:
 def test_a_machine_that_vanished() -> None:
     assert "ended without a word" in vanished(1, "gpu02").failure.message
     assert "silent for 300 s" in vanished(1, "gpu02", 300).failure.message
+
+
+def test_halves_of_characters_can_be_printed() -> None:
+    """JSON can name them, and no terminal takes them."""
+    own = Ending(1, "gpu\ud800", 1, None, Failure("out of \udfff memory"))
+    found = Ending.from_message(json.loads(json.dumps(own.to_message())))
+    assert found.failure is not None
+    assert (found.host + found.failure.message).encode()

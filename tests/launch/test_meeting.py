@@ -196,11 +196,57 @@ def test_strangers_are_not_heard(meet: Any, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         waiting = pool.submit(hub.gather)
         time.sleep(0.3)
-        for junk in (b"GET / HTTP/1.1\r\n\r\n", b'{"type": "hello"}\n', b"[1, 2]\n"):
+        for junk in (
+            b"GET / HTTP/1.1\r\n\r\n",
+            b'{"type": "hello"}\n',
+            b"[1, 2]\n",
+            b"[" * 50_000 + b"\n",
+            b'{"type": "hello", "machine": 1e999, "host": "x", "processes": 1}\n',
+            b'{"type": "hello", "machine": 1, "host": "x", "processes": [1]}\n',
+        ):
             with socket.create_connection(("127.0.0.1", port + 1)) as stranger:
                 stranger.sendall(junk)
                 time.sleep(0.2)
         pool.submit(guest.gather).result(10)
         waiting.result(10)
     hub.close()
+    guest.close()
+
+
+def test_the_wait_for_others_is_no_silence(tmp_path: Path) -> None:
+    place = Place("127.0.0.1", free_ports(), 3, tmp_path)
+    hub, early, late = (
+        (Hub if rank == 0 else Guest)(Identity(rank, 3, 1, f"host{rank}", "v", "r"), place, lambda _: None)
+        for rank in range(3)
+    )
+    with ThreadPoolExecutor(3) as pool:
+        waiting = [pool.submit(side.gather) for side in (hub, early)]
+        time.sleep(2)
+        for each in [*waiting, pool.submit(late.gather)]:
+            each.result(10)
+    try:
+        time.sleep(1.3)  # in which processes are started
+        assert not hub.beat()
+        assert not hub.endings
+    finally:
+        for side in (hub, early, late):
+            side.close()
+
+
+def test_a_stranger_in_the_place_of_machine_0(tmp_path: Path) -> None:
+    port = free_ports()
+    guest = Guest(Identity(1, 2, 1, "there", "v", "r"), Place("127.0.0.1", port, 5, tmp_path), lambda _: None)
+    nonsense = (
+        b'{"type": "welcome"}\n{"type": "welcome", "host": 1, "token": "../x"}\n{"type": "there", "count": [1]}\n'
+        b'{"type": "go", "processes": null}\n{"type": "stop", "signal": 9}\n'
+    )
+    with socket.create_server(("127.0.0.1", port + 1)) as server, ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(guest.gather)
+        stranger, _ = server.accept()
+        with stranger:
+            stranger.sendall(nonsense)
+            time.sleep(0.5)
+        with pytest.raises(PrefoptError, match="ended before all machines were there"):
+            waiting.result(10)
+    assert guest.stop is None
     guest.close()

@@ -96,6 +96,7 @@ def test_deepspeed(tmp_path: Path) -> None:
     raw = made(processes=2, engine="deepspeed", config=str(own)).environment
     assert raw["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == str(own)
     assert "ACCELERATE_DEEPSPEED_ZERO_STAGE" not in raw
+    assert made(processes=2, engine="deepspeed").environment["ACCELERATE_DEEPSPEED_CONFIG_FILE"] == "none"
     with pytest.raises(UserError, match=r"launch\.engine: deepspeed"):
         plan(processes=2, config=str(own))
 
@@ -107,3 +108,15 @@ def test_an_engine_is_launched_for_one_process_too() -> None:
 def test_a_config_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no file"):
         plan(processes=2, config=str(tmp_path / "none.yaml"))
+    with pytest.raises(UserError, match="is a folder"):
+        plan(processes=2, config=str(tmp_path))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "deepspeed"])
+def test_what_a_shell_has_exported_does_not_choose_the_engine(engine: str) -> None:
+    stale = {"ACCELERATE_USE_FSDP": "true", "ACCELERATE_USE_DEEPSPEED": "true"}
+    environment = {**stale, **made(stale, processes=2, engine=engine).environment}
+    assert {name: environment[name] for name in stale} == {
+        "ACCELERATE_USE_FSDP": str(engine == "fsdp").lower(),
+        "ACCELERATE_USE_DEEPSPEED": str(engine == "deepspeed").lower(),
+    }

@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.launch import installation
+from prefopt_cli.launch import batch_script, installation
 from prefopt_cli.launch.skypilot import SkyOptions, skypilot_task
 from prefopt_cli.recipe import load_recipe
+from prefopt_cli.recipe.schema import Recipe
 from tests.cli.conftest import (
     Prefopt,
     prefopt,  # noqa: F401  (the fixture)
@@ -226,3 +227,18 @@ def test_skypilot_reads_it(task: Task, folder: Path) -> None:
     assert resources.accelerators == {"H100": 8}
     assert resources.use_spot
     assert "prefopt train" in found.run
+
+
+@pytest.mark.parametrize("written", ["~/my runs/one", "~"])
+def test_the_home_folder_is_that_of_the_machine(task: Task, folder: Path, written: str) -> None:
+    there = folder / "home" / written.removeprefix("~").removeprefix("/")
+    there.mkdir(parents=True)
+    found = task(f"output_dir='{written}'")
+    assert "--resume" not in asked(found["run"], folder)
+    (there / "manifest.json").write_text("{}")
+    assert asked(found["run"], folder)[-1] == "--resume"
+
+
+def test_a_persons_home_folder_is_left_to_the_machine_too() -> None:
+    recipe = Recipe.model_construct(output_dir="~some.one/my runs")
+    assert batch_script.run_manifest(recipe) == "~some.one/'my runs/manifest.json'"

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from prefopt_cli.errors import PrefoptError, UserError
 from prefopt_cli.models import loading, merging
 from prefopt_cli.models.policy import MERGE_RECORD, PolicySource, fingerprint
-from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings
+from prefopt_cli.recipe.schema import LoraAdapter, ModelSettings, QuantizationSettings
 from tests.tiny import build_model
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -37,7 +37,9 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-def trained(world: Path, folder: Path, kind: dict[str, Any]) -> PolicySource:
+def trained(
+    world: Path, folder: Path, kind: dict[str, Any], dtype: torch.dtype = torch.float32
+) -> PolicySource:
     """The model with an adapter, all of whose parameters do something."""
     adapter = LoraAdapter(type="lora", r=4, lora_alpha=8, **kind)
     source = PolicySource(str(world))
@@ -48,6 +50,7 @@ def trained(world: Path, folder: Path, kind: dict[str, Any]) -> PolicySource:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, 1.0 if "magnitude" in name else 0.0, 0.1)
+            parameter.data = parameter.data.to(dtype)
     model.save_pretrained(folder)
     return PolicySource(str(world), folder)
 
@@ -101,6 +104,44 @@ def test_the_unmerged_policy_keeps_its_adapter(kind: dict[str, Any], world: Path
     model = merging.unmerged_policy(source, merging.merge_settings(source, settings(world)))
     assert any("lora_A" in name for name, _ in model.named_parameters())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+BITS = {
+    "in its folder": ({"bnb_4bit_compute_dtype": torch.bfloat16}, None, {}),
+    "while it is loaded": (None, {"bits": 4, "compute_dtype": "bfloat16"}, {"modules_to_save": ["lm_head"]}),
+    "kept in bfloat16": (
+        None,
+        {"bits": 4, "compute_dtype": "bfloat16", "storage_dtype": "bfloat16"},
+        {"modules_to_save": ["embed_tokens"]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("stored", "loaded", "kind"), BITS.values(), ids=BITS.keys())
+def test_few_bits_are_compared_in_float32(
+    stored: dict[str, Any] | None,
+    loaded: dict[str, Any] | None,
+    kind: dict[str, Any],
+    world: Path,
+    tmp_path: Path,
+) -> None:
+    """Whatever they are computed in elsewhere, and an adapter's whole modules too."""
+    pytest.importorskip("bitsandbytes")
+    base = world
+    if stored is not None:
+        base = tmp_path / "base"
+        bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **stored)
+        AutoModelForCausalLM.from_pretrained(world, quantization_config=bits).save_pretrained(base)
+    source = trained(world, tmp_path / "adapter", kind, torch.bfloat16)  # as on such weights it is trained
+    quantization = QuantizationSettings.model_validate(loaded) if loaded else None
+    source = PolicySource(str(base), source.adapter, quantization=quantization)
+    own = merging.merge_settings(source, settings(base))
+    policy = merging.unmerged_policy(source, own)
+    assert {each.dtype for each in policy.parameters() if type(each).__name__ != "Params4bit"} == {
+        torch.float32
+    }
+    merged = logits(merging.merged_policy(source, own))
+    torch.testing.assert_close(logits(policy), merged, rtol=1e-4, atol=1e-4)
 
 
 def test_half_precision_is_rounded_once(world: Path, tmp_path: Path) -> None:

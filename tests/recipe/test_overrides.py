@@ -88,6 +88,13 @@ def test_an_override_that_mends_the_file_leaves_no_mistake(load, sound):
     assert load(sound.replace("beta: 0.1", "beta: x"), "method.beta=0.2").method.beta == 0.2
 
 
+def test_a_section_that_overrides_have_made_has_their_place(refusal, sound):
+    override = "quantization.bits=4"
+    message = refusal(sound, override, "adapter={type: lora}", "launch.engine=fsdp")
+    (line,) = message.splitlines()[1:]
+    assert line.startswith(f"  override {override!r}  quantization: fsdp takes weights of 4 bits"), message
+
+
 def test_a_mistake_of_the_file_beside_an_override_keeps_its_line(refusal, sound):
     message = refusal(sound.replace("loss: logistic", "loss: x"), "method.beta=0.2")
     assert "my.yaml:12  method.loss" in message

@@ -228,6 +228,72 @@ def test_nothing_outlives_a_launcher_that_is_killed(
     assert not left_behind(recipe)
 
 
+CLOCK_THAT_STEPS = """\
+import sys
+import time
+
+import psutil
+
+begun, boot_time = time.time(), psutil._pslinux.boot_time
+
+
+def stepping():
+    return boot_time() + (3600 if time.time() > begun + 2 else 0)
+
+
+if "prefopt_cli" in " ".join(sys.orig_argv):
+    psutil._pslinux.boot_time = stepping
+"""
+"""The time at which the system was started moves with its clock, and with it all times of processes."""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="psutil computes these times elsewhere in other ways")
+def test_a_step_of_the_systems_clock_ends_nothing(recipe: Path) -> None:
+    (recipe.parent / "sitecustomize.py").write_text(CLOCK_THAT_STEPS)
+    path = os.pathsep.join([str(recipe.parent), environment()["PYTHONPATH"]])
+    done = finish(recipe, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+    assert not left_behind(recipe)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("after", [0.3, 4.0])
+def test_a_signal_while_workers_start(recipe: Path, number: signal.Signals, after: float) -> None:
+    """Before they can hear it, and while they load their libraries."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefopt_cli", "train", str(recipe), *ENDLESS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=variables(recipe.parent),
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("Starting 2 processes")
+    time.sleep(after)
+    processes = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.splitlines()[-1]) == (128 + number, "prefopt: Interrupted."), err
+    assert_gone(processes)
+    assert not left_behind(recipe)
+
+
+def test_ctrl_c_while_one_process_starts(recipe: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefopt_cli", "train", str(recipe), "launch.processes=1", *ENDLESS],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=variables(recipe.parent),
+    )
+    while "torch" not in str([each.path for each in psutil.Process(process.pid).memory_maps()]):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "prefopt: Interrupted.\n")
+
+
 def test_ctrl_c_on_a_terminal(recipe: Path) -> None:
     """The terminal itself makes the signal, for the processes in its foreground."""
     command = [sys.executable, "-m", "prefopt_cli", "train", str(recipe), *ENDLESS]

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -137,6 +140,78 @@ def test_two_processes_equal_one(tiny_world: Path, tmp_path: Path) -> None:
     assert computed == [1, 1], "each scored all responses, two processes a share each"
     again = train(tiny_world, tmp_path, 2, *extra, "training.max_steps=1", name="again")
     assert '"computed": 0' in (again / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "method={name: gpo, loss: logistic, beta: 0.1}",
+        "method={name: soft, alpha: 0.5, kl_coef: 0, mu: {gamma: 0.2}}",
+        "method={name: self_supervised, head_learning_rate: 3e-3, align: {name: gpo, loss: squared, beta: 0.1}}",
+    ],
+    ids=["gpo", "soft", "self_supervised"],
+)
+@pytest.mark.parametrize("rows", [17, 19], ids=["one row", "three rows"])
+def test_rows_that_fill_up_an_epochs_last_batch_count_for_nothing(
+    tiny_world: Path, tmp_path: Path, method: str, rows: int
+) -> None:
+    """17 or 19 rows in batches of 4: the fifth step of each of two epochs has 1 or 3, whoever has them."""
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join((tiny_world / "pairs.jsonl").read_text().splitlines(keepends=True)[:rows]))
+    options = (f"dataset.train={data}", "training.max_steps=10", "training.learning_rate=1e-3", method)
+    reference = "soft" not in method
+    one, two = (train(tiny_world, tmp_path, n, *options, reference=reference) for n in (1, 2))
+    for run in (one, two):  # such rows do go through the policy
+        for record in (records := metrics.read(run / "metrics.jsonl")):
+            record.pop("num_tokens", None)
+        run.joinpath("metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    assert_alike(one, two)
+
+
+SLOW_FIRST = """\
+import os
+import time
+
+from prefopt_cli.cli import main
+from prefopt_cli.scoring import frozen
+
+plain = frozen._Scorer.logps
+
+
+def slowly(self, batch):
+    time.sleep(0.5 if os.environ["RANK"] == os.environ["SLOW"] else 0)
+    return plain(self, batch)
+
+
+frozen._Scorer.logps = slowly
+main.main()
+"""
+"""The command line with a process that scores so slowly that the other one waits for it."""
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_a_signal_while_one_process_scores_and_the_other_waits(
+    tiny_world: Path, tmp_path: Path, slow: int
+) -> None:
+    recipe, program = tmp_path / "recipe.yaml", tmp_path / "program.py"
+    recipe.write_text(RECIPE.format(world=tiny_world, out=tmp_path / "run"))
+    program.write_text(SLOW_FIRST)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, str(program), "train", str(recipe), "training.precompute_ref_batch_size=1"]
+    variables = {**environment(), "PREFOPT_CACHE": str(tmp_path / "cache"), "SLOW": str(slow)}
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=variables)
+    try:
+        while not (tmp_path / "run" / "manifest.json").exists():
+            assert running.poll() is None
+            time.sleep(0.1)
+        time.sleep(8)
+        for worker in psutil.Process(running.pid).children():
+            worker.send_signal(signal.SIGINT)
+        _, told = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert "Stopped while scoring" in told
+    assert RunFolder(tmp_path / "run").read_manifest()["status"] == "interrupted"
 
 
 # --- the policy's own samples

@@ -218,3 +218,27 @@ def test_a_signal_on_one_machine_stops_the_run_on_both(
     assert "a checkpoint was saved. Go on with:" in output(recipe, 0)
     assert "Stopped: machine 0 tells where." in output(recipe, 1)
     assert RunFolder(recipe.parent / "run").read_manifest()["status"] == "interrupted"
+
+
+def test_a_signal_that_reaches_a_machine_late_ends_nothing(
+    machines: tuple[Machine, Machine], recipe: Path
+) -> None:
+    """Its processes have heard from the others, agreed to stop, and are leaving, when its launcher hears of it."""
+    started = [machine.start(recipe, "method.loss=slow_f:f", *ENDLESS) for machine in machines]
+    wait_for_checkpoint(recipe, *started)
+    late = psutil.Process(started[1].pid)
+    workers = [each for each in late.children(recursive=True) if each.ppid() != late.pid]
+    late.suspend()
+    psutil.Process(started[0].pid).send_signal(signal.SIGTERM)
+    run = RunFolder(recipe.parent / "run")
+    for _ in range(600):
+        if run.read_manifest()["status"] == "interrupted":
+            break
+        time.sleep(0.02)
+    for worker in workers:  # as its launcher does, as soon as it hears
+        with suppress(psutil.NoSuchProcess):
+            worker.send_signal(signal.SIGINT)
+    late.resume()
+    assert [process.wait(90) for process in started] == [143, 143], output(recipe, 0) + output(recipe, 1)
+    assert "a checkpoint was saved. Go on with:" in output(recipe, 0)
+    assert "Stopped: machine 0 tells where." in output(recipe, 1)

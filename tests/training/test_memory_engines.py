@@ -177,6 +177,20 @@ def test_before_training_a_process_holds_the_whole_model_but_under_fsdp() -> Non
     assert sharded.needed_before == sum(sharded.before.values()), "batches are not halved"
 
 
+def test_before_training_fsdp_leaves_autocast_nothing_to_copy() -> None:
+    """It gathers weights in low precision; autocast would make a copy of each in it."""
+    model = on_meta(WIDE)
+    forward = Forward(scored=64, longest=64, evaluated=0)
+    whole, sharded = (
+        estimate(model, "none", batch=SMALL, forward=forward, sharing=each, mixed_precision="bf16")
+        for each in (shared("ddp", 8), shared("fsdp", 8))
+    )
+    copies = "low-precision weight copies"
+    assert whole.before[copies] > whole.parameters
+    assert sharded.before.get(copies, 0) == 0
+    assert sharded.needed_before < whole.needed_before / 2
+
+
 def test_a_large_evaluation_may_be_the_peak() -> None:
     model = on_meta(llama())
     forward = Forward(scored=64, longest=64, evaluated=2**20)

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.models.policy import PolicySource, find_policy, fingerprint
+from prefopt_cli.models.policy import QUANTIZATION_RECORD, PolicySource, find_policy, fingerprint
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.recipe.schema import ModelSettings, QuantizationSettings
 from prefopt_cli.runs import metrics
@@ -191,6 +191,30 @@ def test_the_policy_of_a_run_is_quantised_as_it_was_trained(shared_run: Run, tin
     assert lineage["weights_fingerprint"] == fingerprint(bare, None)
 
 
+def test_an_adapter_that_was_copied_out_of_its_run(shared_run: Run, run: Run, tmp_path: Path) -> None:
+    first = shared_run("gpo-4", LORA, FOUR, METHODS["gpo"], *SHORT).run
+    copy = shutil.copytree(first.model, tmp_path / "copy")
+    source = find_policy(ModelSettings(name_or_path=str(copy)))
+    assert source.quantization == find_policy(ModelSettings(name_or_path=str(first.path))).quantization
+    with pytest.raises(UserError, match=r"was trained on 4-bit .* weights, and the recipe says unquantised"):
+        run("second", LORA, *SHORT, f"model.name_or_path={copy}")
+    (copy / QUANTIZATION_RECORD).write_text("{")
+    with pytest.raises(UserError, match=r"prefopt_quantization\.json does not say how"):
+        find_policy(ModelSettings(name_or_path=str(copy)))
+    plain = shared_run("plain", LORA, METHODS["gpo"], *SHORT).run
+    assert not (plain.model / QUANTIZATION_RECORD).exists()
+
+
+def test_the_card_knows_what_was_left_alone(run: Run) -> None:
+    """All that the library was told, whatever the model calls its head, trained whole or not."""
+    adapter = "adapter={type: lora, r: 4, modules_to_save: [lm_head]}"
+    few = "quantization={bits: 4, skip_modules: [o_proj]}"
+    outcome = run("run", adapter, few, *SHORT, "training.max_steps=1")
+    found = outcome.run.read_manifest()["lineage"]["kept_modules"]
+    assert found == ["lm_head", "o_proj"]
+    assert f"llm_int8_skip_modules={found})" in (outcome.run.model / "README.md").read_text()
+
+
 OTHERS = {
     "other bits": (LORA, EIGHT),
     "other levels": (LORA, "quantization={bits: 4, quant_type: fp4}"),
@@ -219,11 +243,16 @@ def test_an_adapter_on_full_weights_is_not_moved_to_few_bits(run: Run) -> None:
 
 def test_all_weights_are_not_trained_on_few_bits(shared_run: Run, run: Run) -> None:
     first = shared_run("gpo-4", LORA, FOUR, METHODS["gpo"], *SHORT).run
-    with pytest.raises(UserError, match=r"adapter: none: .* was quantised \(4-bit.*with `prefopt merge`"):
+    with pytest.raises(UserError, match=r"adapter: none: .* was loaded in 4 bits.*with `prefopt merge`"):
         run("second", *SHORT, f"model.name_or_path={first.path}")
 
 
-def test_a_folder_of_other_bits(run: Run, tiny_world: Path, tmp_path: Path) -> None:
+FSDP = "launch={engine: fsdp, processes: 2}"
+
+
+def test_a_folder_of_other_bits(
+    run: Run, make_recipe: MakeRecipe, tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
     base = tmp_path / "base"
@@ -243,6 +272,14 @@ def test_a_folder_of_other_bits(run: Run, tiny_world: Path, tmp_path: Path) -> N
         def message(self, text: str) -> None:
             told.append(text)
 
+    for launch in (FSDP, "launch={engine: deepspeed, zero_stage: 3, processes: 2}"):
+        with pytest.raises(UserError, match=r"takes weights apart, which those of .*/base do not bear"):
+            start(LORA, launch)
+    launched = make_recipe("launched", LORA, f"model.name_or_path={base}")
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")  # by accelerate's launcher, unknown to the recipe
+        with pytest.raises(UserError, match="kept in 8 bits"):
+            prepare(launched, Silent())
     outcome = start(LORA, EIGHT, reporter=Told())
     assert any("are quantised already, and are used as they are" in each for each in told)
     assert outcome.run.read_manifest()["lineage"]["quantization"] is None

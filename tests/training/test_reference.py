@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.runs import metrics
+from prefopt_cli.runs.folder import RunFolder
+from prefopt_cli.training.arguments import training_arguments
+from prefopt_cli.training.frozen_policies import numerics, precision
 from prefopt_cli.training.reporting import Silent
 from tests.training.conftest import LORA, MakeRecipe, Run
 
@@ -92,6 +96,23 @@ def test_scoring_that_is_interrupted_goes_on_where_it_was(run: Run, monkeypatch:
     assert 0 < kept < 240
     assert f"{kept} from the cache, {240 - kept} computed" in resumed.said("Reference log-probabilities")
     assert losses(outcome) == pytest.approx(losses(run("plain", PASS_IN_EVERY_STEP)), rel=1e-5)
+
+
+def test_scores_are_of_the_precision_that_accelerate_asks_for(
+    run: Run, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its configuration says so in the environment; scores of another precision are other scores."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    args = training_arguments(make_recipe("half"), RunFolder(tmp_path / "half"), evaluates=False)
+    assert numerics(args)["autocast"] == "bf16"
+    with precision(args)():
+        assert torch.is_autocast_enabled("cpu")
+    first = run("half", "training.max_steps=1").run
+    (record,) = (each for each in metrics.read(first.metrics) if "loss" in each)
+    assert record["rewards/margins"] == 0
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    whole = run("whole", "training.max_steps=1").run
+    assert whole.read_manifest()["reference_scores"]["computed"] > 0, "not those of half precision"
 
 
 def test_no_second_model_is_in_memory(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

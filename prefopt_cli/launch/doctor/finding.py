@@ -30,7 +30,8 @@ class Finding:
         """The same where something cannot do without: a note becomes a problem."""
         if self.state != "note":
             return self
-        return replace(self, state="problem", text=f"{self.text} ({reason} needs it)")
+        text = self.text if self.text.endswith(reason) else f"{self.text} ({reason} needs it)"
+        return replace(self, state="problem", text=text)
 
 
 def ok(text: str, feature: str | None = None) -> Finding:

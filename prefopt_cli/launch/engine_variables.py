@@ -3,6 +3,7 @@
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 
 USES = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
+"""accelerate's variable that asks for an engine."""
 
 
 def chosen(engine: str) -> dict[str, str]:
@@ -33,7 +34,7 @@ def _fsdp(settings: LaunchSettings) -> dict[str, str]:
         "FSDP_RESHARD_AFTER_FORWARD": _yes(settings.reshard_after_forward),
         "FSDP_OFFLOAD_PARAMS": _yes(settings.cpu_offload),
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-        # The policy scores the data as a whole model before it is sharded, so every process loads it anyway.
+        # Under an adapter the policy scores the data as a whole model before it is sharded.
         "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
         "FSDP_ACTIVATION_CHECKPOINTING": "false",  # training.gradient_checkpointing is the one that decides
     }

@@ -21,13 +21,11 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.launch.engine_variables import USES
 from prefopt_cli.models.adapters import is_stacked
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 
 Engine = Literal["ddp", "fsdp", "deepspeed"]
-
-USES = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
-"""accelerate's variable that asks for an engine."""
 
 
 def engine() -> Engine:

@@ -144,6 +144,7 @@ class Place:
             "weights": source.weights,
             "adapter": str(source.adapter) if source.adapter else None,
             "quantization": source.quantization.model_dump() if source.quantization else None,
+            "kept_modules": None,
             "fingerprint": own,
             "reference": f"{source.describe()}, as it is at the start",
             "weights_fingerprint": fingerprint(PolicySource(source.weights), None),

@@ -105,12 +105,12 @@ def test_info_changes_nothing(prefopt: Prefopt, file: Path) -> None:
     assert file.read_bytes() == b"garbage" * 1000
 
 
-@pytest.mark.usefixtures("file")
 def words(given: Collection[str]) -> str:
     """The name of a case; the same in every process, whatever the order of a set."""
     return " ".join(sorted(given) if isinstance(given, set) else given)
 
 
+@pytest.mark.usefixtures("file")
 @pytest.mark.parametrize(
     ("options", "gone"),
     [

@@ -148,9 +148,8 @@ def _shared_out(
         written[start] = respond(start)
     reporter.progress("sampling for the KL", len(own_share), len(own_share))
     parts = gather_object([written])
-    if sum(map(len, parts)) < len(
-        starts
-    ):  # all leave here: one that left at once would keep the others waiting
+    # All leave here: one that left at once would keep the others waiting.
+    if sum(map(len, parts)) < len(starts):
         raise ScoringStopped
     together = {start: made for part in parts for start, made in part.items()}
     return [sample for start in starts for sample in together[start]]

@@ -107,9 +107,8 @@ def score_frozen(
     if together and len(share) * state.num_processes < len(batches):
         share.append(batches[-1])  # once more, so that nobody waits
     scorer = _Scorer(model, device, layout, autocast, padding_id, halves=not together)
-    computed = _compute(scorer, share, policy, cache, progress, stopping)
     # A process that left at once would leave the others waiting here, for good.
-    parts_of_all = gather_object([(computed, computed.keys() != _keys(share))])
+    parts_of_all = gather_object([_compute(scorer, share, policy, cache, progress, stopping)])
     if any(stopped for _, stopped in parts_of_all):
         raise ScoringStopped
     for part, _ in parts_of_all:
@@ -230,9 +229,10 @@ def _compute(
     cache: ScoreCache,
     progress: Progress | None,
     stopping: Callable[[], bool],
-) -> dict[bytes, float]:
-    """Score batches, until asked to stop, and keep the scores; returns them by key."""
+) -> tuple[dict[bytes, float], bool]:
+    """Score batches, until asked to stop, and keep the scores; returns them by key, and whether it was asked."""
     scores: dict[bytes, float] = {}
+    stopped = False
     total = len(_keys(batches))
     training = scorer.model.training
     scorer.model.eval()
@@ -243,11 +243,11 @@ def _compute(
             scores.update(done)
             if progress:
                 progress(len(scores), total)
-            if stopping():
+            if stopped := stopping():
                 break
     finally:
         scorer.model.train(training)
-    return scores
+    return scores, stopped
 
 
 def _keys(batches: Sequence[Sequence[_Missing]]) -> set[bytes]:

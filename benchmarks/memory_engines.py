@@ -38,7 +38,7 @@ from benchmarks.memory import (
     tokenizer,
     trainer_class,
 )
-from prefopt_cli.launch.engine_variables import engine_variables
+from prefopt_cli.launch.engine_variables import chosen, engine_variables
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 from prefopt_cli.scoring.choice import packed_layouts
 from prefopt_cli.scoring.forward import plain_model
@@ -190,6 +190,7 @@ def measure(case: EngineCase) -> dict[str, int]:
         settings = LaunchSettings(engine=case.engine, processes=case.processes, **case.options)  # type: ignore[arg-type]
         environment = {
             **os.environ,
+            **chosen(case.engine),
             **engine_variables(settings),
             "ACCELERATE_USE_CPU": "true",
             "OMP_NUM_THREADS": "1",

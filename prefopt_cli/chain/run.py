@@ -132,6 +132,7 @@ def _table(step: Step, outcome: ChainOutcome, reporter: Reporter, runs: RunFinde
         try:
             found = retention(step.run, reporter, runs, overrides=overrides, stopping=stop.asked)
         except ScoringStopped:
+            stop.hear()
             outcome.stopped_scoring = stop.received
             return None
     if _is_main():

@@ -122,11 +122,15 @@ def scoring() -> Iterator[Work]:
     reporter = reporter_for(standard_error(), receipts=False) if main_process() else Silent()
     try:
         with stopping_gently() as stop:
-            yield Work(reporter, stop.asked)
-    except ScoringStopped:
-        reporter.message("Stopped. What was scored is in the cache, and the same command goes on from there.")
-        leave_together()
-        raise typer.Exit(SIGNAL_EXIT_BASE + (stop.received or 0)) from None
+            try:
+                yield Work(reporter, stop.asked)
+            except ScoringStopped:
+                stop.hear()
+                reporter.message(
+                    "Stopped. What was scored is in the cache, and the same command goes on from there."
+                )
+                leave_together()
+                raise typer.Exit(SIGNAL_EXIT_BASE + (stop.received or 0)) from None
     finally:
         reporter.close()
 

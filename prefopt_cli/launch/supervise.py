@@ -98,9 +98,9 @@ class _Launch:
     def __init__(self, plan: LaunchPlan, told: Told, debug: bool, meeting: Meeting | None) -> None:
         self.plan, self.told, self.debug, self.meeting = plan, told, debug, meeting
         self.received: list[int] = []
-        """Signals, in their order."""
+        """Signals that came to this launcher, in their order."""
         self.obeyed = 0
-        """How many of them have been passed on."""
+        """How often the processes have been asked to stop."""
         self.kill_at: float | None = None
         self.other: Ending | None = None
         """Of another machine that failed."""
@@ -121,13 +121,17 @@ class _Launch:
                 self.meeting.part(own, lambda: len(self.received) > self.obeyed)
         return self._judged(own)
 
+    @property
+    def asked(self) -> list[int]:
+        """Signals to obey: another machine's is the first one here too, which may come by both ways, as Slurm's."""
+        elsewhere = self.meeting.stop if self.meeting is not None else None
+        return self.received or ([] if elsewhere is None else [elsewhere])
+
     def _look(self) -> None:
         now = time.monotonic()
-        while len(self.received) > self.obeyed:
+        while len(self.asked) > self.obeyed:
             self._obey(now)
         if self.meeting is not None:
-            if self.meeting.stop is not None and not self.received:
-                self.received.append(self.meeting.stop)
             for ending in self.meeting.beat():
                 if ending.failed and self.other is None:
                     self.other = ending
@@ -146,7 +150,7 @@ class _Launch:
             (self.folder / STOP_FILE).touch()
             self.told(STOPPING)
             if self.meeting is not None:
-                self.meeting.ask_to_stop(self.received[0])
+                self.meeting.ask_to_stop(self.asked[0])
         there = self.processes.interrupt()
         if self.obeyed > 2 or not there:
             self.processes.kill()
@@ -167,7 +171,7 @@ class _Launch:
 
     def _own_ending(self) -> Ending:
         """How the processes here ended."""
-        host, asked = socket.gethostname(), self.received[0] if self.received else None
+        host, asked = socket.gethostname(), self.asked[0] if self.asked else None
         own = Ending(self.plan.machine_rank, host, 0, asked)
         code = self.processes.exit_code()
         if code == 0:
@@ -177,7 +181,7 @@ class _Launch:
         failure = first_failure(each for each in failures if each not in taken)
         if failure is None and self.other is not None:
             return replace(own, exit_code=1)
-        at_once = len(self.received) > 1 or bool(taken)
+        at_once = len(self.asked) > 1 or bool(taken)
         if asked and (failure is None or (at_once and failure.kind != "error")):
             failure = interruption(asked)  # however they took it
         failure = failure or agent_failure(code or 0)
@@ -197,7 +201,7 @@ class _Launch:
             until = min(until, int(self.processes.killed_at) - 1)
         for each in ended:
             if each["rank"] not in said and each["time"] <= until:
-                failure = ended_without_words(each["rank"], each["exit_code"], asked=bool(self.received))
+                failure = ended_without_words(each["rank"], each["exit_code"], asked=bool(self.asked))
                 yield replace(failure, time=each["time"])
         if "error" in found:
             yield Failure(f"torchrun failed: {found['error']}", kind="silent")

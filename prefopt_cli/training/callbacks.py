@@ -138,13 +138,19 @@ class CheckpointMark(TrainerCallback):
 
 
 class StopSignal:
-    """Which signal asked the run to stop, if any."""
+    """Which signal asked the run to stop, if any: one to this process, or to another one of the run."""
 
     received: int | None = None
+    came_here: bool = False
 
     def asked(self) -> bool:
         """Whether one did."""
         return self.received is not None
+
+    def hear(self, number: int = signal.SIGTERM) -> None:
+        """Another process was asked; the first signal to this one then says nothing new."""
+        if self.received is None:
+            self.received = number
 
 
 class Stopping(TrainerCallback):
@@ -193,11 +199,14 @@ class Stopping(TrainerCallback):
     def _asked(self, device: torch.device) -> bool:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return self._stop.asked()
+        # It may have come to some of them only, as on one of several machines; all end the run alike. One that comes
+        # to this process meanwhile, which the others have not heard of, is for the next time.
         signal_number = torch.tensor(self._stop.received or 0, device=device)
         torch.distributed.all_reduce(signal_number, torch.distributed.ReduceOp.MAX)
-        # It may have come to some of them only, as on one of several machines; all end the run alike.
-        self._stop.received = self._stop.received or int(signal_number) or None
-        return self._stop.asked()
+        agreed = int(signal_number)
+        if agreed:
+            self._stop.hear(agreed)
+        return agreed != 0
 
 
 def _ends_epoch(state: TrainerState) -> bool:
@@ -239,9 +248,10 @@ def stopping_gently() -> Iterator[StopSignal]:
         return
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if stop.asked():
+        if stop.came_here:
             raise KeyboardInterrupt
-        stop.received = number
+        stop.came_here = True
+        stop.hear(number)
         if worker.launched():
             return
         # Drawing is not safe inside a signal handler; writing to the descriptor is.

@@ -120,6 +120,7 @@ def train(
                     prepared, recipe, objective, model, args, layout, reporter, stop, run, digest
                 )
         except ScoringStopped:
+            stop.hear()
             outcome = Outcome(run, "interrupted", step=0, total_steps=0, signal=stop.received)
         else:
             trainer = build_trainer(

@@ -12,7 +12,10 @@ import pytest
 
 from prefopt_cli.launch import supervise as supervising
 from prefopt_cli.launch.agent import RESULT_FILE
+from prefopt_cli.launch.ending import Ending
 from prefopt_cli.launch.failures import Failure, write_failure
+from prefopt_cli.launch.meeting import Identity, Place
+from prefopt_cli.launch.meeting_guest import Guest
 from prefopt_cli.launch.plan import LaunchPlan, plan_launch
 from prefopt_cli.launch.processes import Processes
 from prefopt_cli.launch.supervise import Ended, supervise
@@ -82,6 +85,45 @@ def test_an_error_after_a_signal_is_still_told(monkeypatch: pytest.MonkeyPatch) 
     assert (found.ending.exit_code, found.message) == (1, "rank 1 of 2: the disk is full")
 
 
+def test_a_signal_that_another_machine_passes_on_first_counts_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slurm sends it to every machine, and the first one to hear tells the others; then it comes here, too."""
+    asked = []
+
+    class Working:
+        killed_at = None
+
+        def __init__(self, plan: LaunchPlan, folder: Path, *, debug: bool) -> None:
+            self.looks = 0
+
+        def interrupt(self) -> bool:
+            asked.append("stop")
+            return True
+
+        def exit_code(self) -> int | None:
+            self.looks += 1
+            if self.looks == 5:
+                signal.raise_signal(signal.SIGTERM)
+            return 0 if self.looks > 10 else None
+
+        def kill(self) -> None:
+            pass
+
+    class Heard(Guest):
+        def gather(self) -> None:
+            self.stop = signal.SIGTERM
+
+        def beat(self) -> list[Ending]:
+            return []
+
+    monkeypatch.setattr(supervising, "Processes", Working)
+    meeting = Heard(Identity(1, 2, 2, "here", "", ""), Place("127.0.0.1", 1, 1, tmp_path), lambda _: None)
+    found = supervise(planned(), told=lambda _: None, meeting=meeting)
+    assert asked == ["stop"]
+    assert (found.ending.exit_code, found.ending.signal, found.message) == (0, signal.SIGTERM, None)
+
+
 @pytest.mark.parametrize(
     ("code", "words"), [(-2, "killed by signal 2 (SIGINT)"), (130, "ended with exit code 130")]
 )
@@ -115,6 +157,8 @@ from prefopt_cli.cli import main
 from prefopt_cli.launch.meeting import Identity, Place
 from prefopt_cli.launch.meeting_hub import Hub
 from prefopt_cli.launch.supervise import supervise
+from prefopt_cli.launch.meeting import Identity, Place
+from prefopt_cli.launch.meeting_guest import Guest
 from prefopt_cli.launch.plan import LaunchPlan
 
 def gather(*_, **__):

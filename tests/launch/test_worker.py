@@ -71,7 +71,7 @@ def test_a_signal_after_all_have_agreed_to_stop_ends_nothing(
     monkeypatch.setenv(AGENT, "1")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with stopping_gently() as stop:
-        stop.received = signal.SIGTERM  # of which another process told
+        stop.hear(signal.SIGTERM)
     signal.raise_signal(number)
     # Python gives handlers up when it ends, and goes on ignoring what is ignored.
     assert signal.getsignal(number) is signal.SIG_IGN

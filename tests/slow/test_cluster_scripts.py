@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,6 +111,7 @@ ClusterName=trial
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={control}
 AuthType=auth/none
+FirstJobId={job}
 CredType=cred/none
 SlurmUser=root
 SlurmdUser=root
@@ -135,17 +137,19 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 
 @pytest.fixture
-def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A real controller and two real node daemons."""
     missing = [name for name in ("slurmctld", "slurmd", "sbatch", "scontrol") if shutil.which(name) is None]
     if missing or os.geteuid() != 0:
         pytest.skip(f"Slurm is not here: no {', '.join(missing)}" if missing else "slurmd wants to be root")
-    folder = tmp_path / "slurm"
+    # The names of its sockets must not get long, so it does not lie in tmp_path.
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     for name in ("state", "spool-127.0.0.1", "spool-127.0.0.2"):
         (folder / name).mkdir(parents=True)
     ports = {name: free_pair() for name in ("control", "first", "second")}
     file = folder / "slurm.conf"
-    file.write_text(CONFIGURATION.format(host=socket.gethostname().partition(".")[0], folder=folder, **ports))
+    host, job = socket.gethostname().partition(".")[0], free_pair() // 2  # the script's ports come of it
+    file.write_text(CONFIGURATION.format(host=host, job=job, folder=folder, **ports))
     monkeypatch.setenv("SLURM_CONF", str(file))
     commands = [["slurmctld", "-D"], ["slurmd", "-D", "-N", "127.0.0.1"], ["slurmd", "-D", "-N", "127.0.0.2"]]
     daemons = []
@@ -160,9 +164,12 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     finally:
         for job in asked("squeue", "--noheader", "--format=%i").split():
             subprocess.run(["scancel", "--signal=KILL", "--full", job], check=False)
+            subprocess.run(["scancel", job], check=False)
+        eventually(lambda: not asked("squeue", "--noheader", "--format=%i"), 30)
         for daemon in reversed(daemons):
             daemon.terminate()
             daemon.wait(30)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def asked(*command: str) -> str:
@@ -197,7 +204,7 @@ def test_real_slurm_saves_requeues_and_resumes(recipe: str, slurm: None, tmp_pat
         return asked("scontrol", "--oneliner", "show", "job", job).partition("JobState=")[2].partition(" ")[0]
 
     assert eventually(lambda: Path("run/metrics.jsonl").exists() and "step 3/" in log.read_text()), (
-        log.read_text() if log.exists() else submitted.stderr
+        log.read_text() if log.exists() else submitted.stderr + asked("scontrol", "show", "job", job)
     )
     subprocess.run(["scancel", "--batch", "--signal=USR1", job], check=True)
     assert eventually(lambda: state() == "PENDING"), log.read_text()

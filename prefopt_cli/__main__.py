@@ -1,6 +1,22 @@
-"""`python -m prefopt_cli`, for launchers that start modules."""
+"""The `prefopt` command, also for launchers that start modules: `python -m prefopt_cli`."""
 
-from prefopt_cli.cli.main import main
+import sys
+
+
+def main() -> None:
+    """Run it; see `prefopt_cli.cli.main.main`."""
+    try:
+        from prefopt_cli.cli.main import main as run
+    except KeyboardInterrupt:
+        sys.exit(_interrupted())
+    run()
+
+
+def _interrupted() -> int:
+    """Say so; the exit code of Ctrl-C."""
+    print("prefopt: Interrupted.", file=sys.stderr)
+    return 130
+
 
 if __name__ == "__main__":
     main()

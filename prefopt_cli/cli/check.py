@@ -108,7 +108,7 @@ def check(
     if json:
         typer.echo(_as_json(found))
     else:
-        _print(found, recipe, standard_output())
+        _print(found, recipe, overrides or [], standard_output())
 
 
 def _as_json(found: "Inspection") -> str:
@@ -117,7 +117,7 @@ def _as_json(found: "Inspection") -> str:
     return json.dumps(found.to_dict())
 
 
-def _print(found: "Inspection", recipe: str, console: "Console") -> None:
+def _print(found: "Inspection", recipe: str, overrides: list[str], console: "Console") -> None:
     from prefopt_cli.cli.receipt import print_receipt
 
     def line(text: str = "") -> None:
@@ -147,7 +147,7 @@ def _print(found: "Inspection", recipe: str, console: "Console") -> None:
     print_memory(found, console)
     if found.fit:
         line()
-        print_fit(found, recipe, console)
+        print_fit(found, recipe, overrides, console)
     for note in found.notes:
         line(f"Note: {note}")
 

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -44,8 +45,8 @@ def read_bytes(text: str) -> int:
     return size
 
 
-def print_fit(found: "Inspection", recipe: str, console: "Console") -> None:
-    """The answer, with a command line where settings must change."""
+def print_fit(found: "Inspection", recipe: str, overrides: Sequence[str], console: "Console") -> None:
+    """The answer, with a command line where settings must change: that of this check, with its overrides."""
     fit = found.fit
     assert fit is not None
 
@@ -57,7 +58,7 @@ def print_fit(found: "Inspection", recipe: str, console: "Console") -> None:
     elif fit.proposal:
         line(f"{_too_much(found, fit)} These settings fit:")
         _print_proposal(fit.proposal, found, console)
-        line(f"prefopt train {shlex.quote(recipe)} {shlex.join(fit.proposal.overrides)}")
+        line(f"prefopt train {shlex.join([recipe, *_laid_over(overrides, fit.proposal.overrides)])}")
     elif fit.smallest:
         from prefopt_cli.training.memory import format_bytes
 
@@ -66,6 +67,12 @@ def print_fit(found: "Inspection", recipe: str, console: "Console") -> None:
         )
         _print_proposal(fit.smallest, found, console)
     line(f"(Found in {fit.seconds:.1f} s, {fit.estimates} more steps traced.)")
+
+
+def _laid_over(overrides: Sequence[str], proposed: Sequence[str]) -> list[str]:
+    """Both, without those that a proposed one of the same key replaces."""
+    replaced = {each.partition("=")[0] for each in proposed}
+    return [*(each for each in overrides if each.partition("=")[0] not in replaced), *proposed]
 
 
 def _room(found: "Inspection", fit: "Fit") -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -29,7 +30,7 @@ from prefopt_cli.errors import PrefoptError
 from prefopt_cli.launch import worker
 from prefopt_cli.launch.connection import CONNECTION_LOST, is_connection_loss
 from prefopt_cli.launch.failures import Kind
-from prefopt_cli.launch.signals import interrupted_by
+from prefopt_cli.launch.signals import interrupted_by, terminated_as_interrupted
 
 
 class _Interrupted(BaseException):
@@ -93,7 +94,8 @@ def main() -> None:
     """
     try:
         worker.begin()
-        app()
+        with nullcontext() if worker.launched() else terminated_as_interrupted():
+            app()
     except PrefoptError as error:
         _fail(str(error), error.exit_code, "consequence" if is_connection_loss(error) else "error")
     except (KeyboardInterrupt, _Interrupted) as error:

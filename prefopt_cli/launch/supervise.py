@@ -29,7 +29,6 @@ from prefopt_cli.launch.failures import (
 from prefopt_cli.launch.meeting import TICK, Meeting
 from prefopt_cli.launch.plan import LaunchPlan, as_machine
 from prefopt_cli.launch.processes import Processes, last_lines
-from prefopt_cli.launch.signals import terminated_as_interrupted
 from prefopt_cli.launch.worker import STOP_FILE
 
 AFTER_FAILURE = 3.0
@@ -69,14 +68,13 @@ def supervise(plan: LaunchPlan, *, told: Told, debug: bool = False, meeting: Mee
         PrefoptError: a machine did not come.
         KeyboardInterrupt: a signal where none is passed on, such as while machines are waited for.
     """
-    with terminated_as_interrupted():
-        if meeting is None:
-            return _in_a_folder(_Launch(plan, told, debug, None))
-        try:
-            meeting.gather()
-            return _in_a_folder(_Launch(as_machine(plan, meeting.address), told, debug, meeting))
-        finally:
-            meeting.close()
+    if meeting is None:
+        return _in_a_folder(_Launch(plan, told, debug, None))
+    try:
+        meeting.gather()
+        return _in_a_folder(_Launch(as_machine(plan, meeting.address), told, debug, meeting))
+    finally:
+        meeting.close()
 
 
 def _in_a_folder(launch: "_Launch") -> "Ended":

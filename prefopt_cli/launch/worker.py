@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.launch.failures import Failure, Kind, write_failure
+from prefopt_cli.launch.signals import children_hear_sigterm
 from prefopt_cli.launch.variables import AGENT, FOLDER
 
 STOP_FILE = "stop"
@@ -41,7 +42,7 @@ def begin() -> None:
     if not launched():
         return
     signal.signal(signal.SIGTERM, _nothing)
-    os.register_at_fork(after_in_child=_hear_again)
+    children_hear_sigterm()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_watch, args=(os.environ[AGENT],), daemon=True).start()
     if (launch_folder() / STOP_FILE).exists():
@@ -107,8 +108,3 @@ def _watch(agent: str) -> None:
 
 def _nothing(*_: object) -> None:
     """A handler rather than no signal: programs that this process starts do not inherit it."""
-
-
-def _hear_again() -> None:
-    """In processes forked from this one, such as data loaders, which are ended by SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -184,10 +184,13 @@ def test_a_proposal_passes_check_itself(prefopt: Prefopt, recipe: Path, model: s
     assert "The result stays the same, up to rounding:" in shown.out
     line = next(each for each in shown.out.splitlines() if each.startswith(f"prefopt train {recipe} "))
     found = json.loads(prefopt(*command, *budget, "--json").out)["fit"]
-    assert shlex.split(line)[3:] == found["proposal"]["overrides"]
+    proposed = found["proposal"]["overrides"]
+    keys = {each.partition("=")[0] for each in proposed}
+    kept = [each for each in [model, *BATCH] if each.partition("=")[0] not in keys]
+    assert shlex.split(line)[3:] == [*kept, *proposed]
     assert found["proposal"]["memory"]["needed"] <= found["usable"]
 
-    again = prefopt(*command, *found["proposal"]["overrides"], *budget)
+    again = prefopt("check", str(recipe), *kept, *proposed, "--pairs", "0", *budget)
     assert again.code == 0, again.err
     assert (
         "Budget of 8 times 300.0 MiB, of which 276.0 MiB may be used: the recipe fits as it is, with"

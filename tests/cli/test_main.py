@@ -1,5 +1,6 @@
 """Start-up, help, completion, and how a command ends."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -121,3 +122,76 @@ def test_reader_that_goes_away_is_no_error() -> None:
 
 def test_module_runs_like_the_command() -> None:
     assert in_a_process("--version").stdout.startswith("prefopt 0.")
+
+
+def test_ctrl_c_while_the_command_line_is_imported() -> None:
+    program = (
+        "import sys\n"
+        "class Finder:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "from prefopt_cli.__main__ import main\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment())
+    assert (done.returncode, done.stderr) == (130, "prefopt: Interrupted.\n")
+
+
+WAITS = """\
+import signal, sys, time
+import prefopt_cli.recipe
+
+def load_recipe(*_):
+    if not {forks}:
+        print("here", flush=True)
+        time.sleep(60)
+    import multiprocessing
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    child.terminate()
+    child.join(10)
+    print(child.exitcode, flush=True)
+    sys.exit()
+
+prefopt_cli.recipe.load_recipe = load_recipe
+sys.argv[1:] = ["check", "x.yaml"]
+from prefopt_cli.__main__ import main
+main()
+"""
+"""A command that takes long before anything obeys signals gently."""
+
+
+def waiting(*, forks: bool = False, **variables: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WAITS.format(forks=forks)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment(), **variables},
+    )
+
+
+def test_sigterm_is_told_of() -> None:
+    process = waiting()
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.terminate()
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (143, "prefopt: Interrupted.\n")
+
+
+def test_sigterm_ends_one_of_several_processes_at_once() -> None:
+    """It may wait for the others in a library, where Python would not hear of the signal."""
+    process = waiting(WORLD_SIZE="2")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "here\n"
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGTERM
+
+
+def test_forked_processes_can_be_terminated() -> None:
+    out, err = waiting(forks=True).communicate(timeout=30)
+    assert (out, err) == (f"{-signal.SIGTERM}\n", "")

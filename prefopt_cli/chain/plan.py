@@ -21,6 +21,7 @@ from prefopt_cli.scoring.choice import scores_depend_on_batch
 from prefopt_cli.training.arguments import training_arguments
 from prefopt_cli.training.objectives import find_objective
 from prefopt_cli.training.preparation import Prepared, prepare
+from prefopt_cli.training.processes import decided
 from prefopt_cli.training.reference import evaluates
 from prefopt_cli.training.reporting import Reporter
 
@@ -133,7 +134,11 @@ class _Planning:
         _require_steady_scores(prepared)
         objective = find_objective(stand_in.method, self.chain.recipe_folder)
         args = training_arguments(stage.recipe, own, evaluates=bool(prepared.tokens.eval))
-        action, reason = self._decided(stage, run, prepared.tokens.fingerprints, objective.figures)
+        fingerprints = prepared.tokens.fingerprints
+        # A network disk may not show the same files to all machines.
+        run, action, reason = decided(
+            lambda: (run, *self._decided(stage, run, fingerprints, objective.figures))
+        )
         if run is not None and action in ("skip", "resume"):
             _require_not_held(run)
             at = run
@@ -149,7 +154,7 @@ class _Planning:
         if self.counts_scores:
             sets = {"train": prepared.tokens.train, **(prepared.tokens.eval if evaluates(args) else {})}
             scores = [] if action == "skip" else needed_scores(self.policies, recipe, sets, args)
-        fingerprints, reference = prepared.tokens.fingerprints, self._reference(stage)
+        reference = self._reference(stage)
         self.steps.append(Step(stage, action, reason, at, recipe, reference, fingerprints, scores))
         policy = policy_of_run(at, self.reporter.progress) if action == "skip" else None
         self.policies.append((stage.dimension, policy))

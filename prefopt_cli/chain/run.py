@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
 
 from prefopt_cli.chain.places import read_record, read_table
 from prefopt_cli.chain.plan import Plan, Step
@@ -23,6 +22,7 @@ from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.scoring.frozen import ScoringStopped
 from prefopt_cli.training.callbacks import stopping_gently
 from prefopt_cli.training.outcome import Outcome
+from prefopt_cli.training.processes import decided, signal_to_any
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.run import train
 
@@ -43,7 +43,7 @@ class ChainOutcome:
     retention: dict[str, Any] | None = None
     """Which run and which data the retention table is about, as chain.json keeps it."""
     stopped_scoring: int | None = None
-    """The signal that came while a table was computed."""
+    """The signal that came to any process while a table was computed."""
 
     @property
     def signal(self) -> int | None:
@@ -117,24 +117,26 @@ def _do(step: Step, outcome: ChainOutcome, reporter: Reporter, runs: RunFinder, 
     )
     _wait()  # for the main process, which has written what the others are about to read
     outcome.last = done
-    goes_on = done.status == "finished" and not any(gather_object([done.signal]))
+    goes_on = done.status == "finished" and done.signal is None
     table = _table(step, outcome, reporter, runs) if goes_on else None
     _record(outcome)
     told(step, done, table)
-    return table is not None
+    return table is not None and outcome.signal is None
 
 
 def _table(step: Step, outcome: ChainOutcome, reporter: Reporter, runs: RunFinder) -> Retention | None:
     """The retention table up to this stage, written into the chain's folder; None where a signal came."""
     dataset = step.recipe.model_dump(mode="json")["dataset"]
     overrides = [f"dataset={json.dumps(dataset)}"]
+    found = None
     with stopping_gently() as stop:
         try:
             found = retention(step.run, reporter, runs, overrides=overrides, stopping=stop.asked)
         except ScoringStopped:
             stop.hear()
-            outcome.stopped_scoring = stop.received
-            return None
+    outcome.stopped_scoring = signal_to_any(stop)  # it may have come too late to stop the scoring
+    if found is None:
+        return None
     if _is_main():
         found.write(outcome.plan.chain.folder)
     outcome.retention = _about(step)
@@ -143,10 +145,16 @@ def _table(step: Step, outcome: ChainOutcome, reporter: Reporter, runs: RunFinde
 
 def _keep_table_up_to_date(outcome: ChainOutcome, reporter: Reporter, runs: RunFinder, told: Told) -> None:
     """Make the table anew where no stage was trained and it is not about these runs and these held-out sets."""
-    plan = outcome.plan
-    missing = [name for name in RETENTION_FILES if not (plan.chain.folder / name).is_file()]
-    if missing or not read_table(plan.chain) or outcome.retention != _about(plan.steps[-1]):
-        told(plan.steps[-1], None, _table(plan.steps[-1], outcome, reporter, runs))
+    step = outcome.plan.steps[-1]
+    # The main process decides: it may still write what the others would look at.
+    if decided(lambda: _is_outdated(step, outcome)):
+        told(step, None, _table(step, outcome, reporter, runs))
+
+
+def _is_outdated(step: Step, outcome: ChainOutcome) -> bool:
+    chain = outcome.plan.chain
+    missing = [name for name in RETENTION_FILES if not (chain.folder / name).is_file()]
+    return bool(missing) or not read_table(chain) or outcome.retention != _about(step)
 
 
 def _about(step: Step) -> dict[str, Any]:

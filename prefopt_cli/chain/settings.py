@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from prefopt_cli.recipe.schema import Recipe, SequentialSettings
+from prefopt_cli.runs.closing import CHAIN_RECORD
 
-PLAN_FILE = "chain.json"
+PLAN_FILE = CHAIN_RECORD
 RESOLVED_FILE = "chain.yaml"
 RETENTION_FILES = ("retention.json", "retention.csv", "retention.png")
 

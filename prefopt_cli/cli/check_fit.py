@@ -83,7 +83,7 @@ def _room(found: "Inspection", fit: "Fit") -> str:
     if size is not None and size > found.packing.rows:
         text += f" training.per_device_train_batch_size={size} would fit, too."
     if fit.gpus > found.processes:
-        text += f" It uses {found.processes} of the {fit.gpus} GPUs (launch.processes)."
+        text += f" It uses {found.processes} of the {fit.gpus} GPUs; launch.processes is how many each machine uses."
     return text
 
 

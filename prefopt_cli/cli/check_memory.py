@@ -51,7 +51,7 @@ def _print_before(memory: "MemoryEstimate", found: "Inspection", console: "Conso
     what = "the reference scores the data" if found.packing.reference == "cached" else "the layout is tried"
     holds = "the whole model" if memory.whole_before else "a part of the model"
     text = f"Before training, while {what}, it is {format_bytes(before)}: {holds} in each process"
-    if found.device == "cuda" and memory.needed_before < before:
+    if memory.needed_before < before:
         text += f"; {format_bytes(memory.needed_before)} would do, as batches that do not fit are halved"
     larger = before > memory.total
     console.print(

@@ -5,7 +5,6 @@ import json
 import shlex
 import socket
 import time
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from prefopt_cli.cli.common import SIGNAL_EXIT_BASE
-from prefopt_cli.errors import PrefoptError, UserError
+from prefopt_cli.errors import PrefoptError
 from prefopt_cli.launch.environment import started_by
 from prefopt_cli.launch.worker import launched
 
@@ -69,8 +68,8 @@ def in_processes(job: Job, *, debug: bool) -> None:
     ended = supervise(plan, told=_tell, debug=debug, meeting=_meeting(plan, job))
     ending = ended.ending
     if ended.message is not None:
-        if plan.machine_rank == 0 and ending.exit_code == PrefoptError.exit_code:
-            _record_failure(Path(job.output_dir).expanduser(), ended.message, since=begun)
+        if plan.machine_rank == 0:
+            _write_down(Path(job.output_dir).expanduser(), ended, since=begun)
         raise_ended(replace(ended, message=_with_hints(ended, plan, job)))
     if plan.machine_rank > 0:
         _tell(_done_elsewhere(ending))
@@ -106,17 +105,15 @@ def _tell(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def _record_failure(folder: Path, message: str, *, since: float) -> None:
-    """Let a run that was begun since then say what ended it: its main process was killed, or only lost another."""
-    from prefopt_cli.runs.folder import RunFolder
+def _write_down(folder: Path, ended: "Ended", *, since: float) -> None:
+    """Let what was begun since then say how it ended: its main process was killed, or only lost another."""
+    from prefopt_cli.launch.failures import INTERRUPTIONS
+    from prefopt_cli.runs.closing import close
 
-    run = RunFolder(folder)
-    with suppress(OSError, UserError):
-        if run.manifest.stat().st_mtime > since and run.read_manifest().get("status") in (
-            "running",
-            "failed",
-        ):
-            run.update_manifest(status="failed", error=message[:2000])
+    if ended.ending.exit_code in INTERRUPTIONS:
+        close(folder, "interrupted", None, since=since)
+    elif ended.ending.exit_code == PrefoptError.exit_code:
+        close(folder, "failed", ended.message, since=since)
 
 
 def _done_elsewhere(ending: "Ending") -> str:

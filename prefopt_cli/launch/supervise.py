@@ -116,7 +116,7 @@ class _Launch:
                 self.processes.kill()  # nothing is left behind, whatever happened
             own = self._own_ending()
             if self.meeting is not None:
-                self.meeting.part(own, lambda: len(self.received) > self.obeyed)
+                self.meeting.part(own, self._leaves)
         return self._judged(own)
 
     @property
@@ -154,6 +154,13 @@ class _Launch:
             self.processes.kill()
         elif self.obeyed == 2:
             self._kill_within(now, AFTER_SECOND_SIGNAL)
+
+    def _leaves(self) -> bool:
+        """Once the processes here have ended: a first signal is passed on to the other machines, a second is obeyed."""
+        if self.received and not self.obeyed and self.meeting is not None:
+            self.obeyed = 1
+            self.meeting.ask_to_stop(self.received[0])
+        return len(self.received) > max(self.obeyed, 1)
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

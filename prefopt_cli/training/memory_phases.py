@@ -134,7 +134,8 @@ def _before(
 ) -> tuple[dict[str, int], int]:
     """(bytes by part before training, those of them that are needed): one model, read without gradients.
 
-    It is whole in every process, but under FSDP where all its weights are trained; then batches are never halved.
+    It is whole in every process, but under FSDP where all its weights are trained. Batches that do not fit are halved
+    neither then nor on a CPU, where the system ends a process that takes too much.
     """
     if forward is None:
         return {}, 0
@@ -150,7 +151,7 @@ def _before(
     if sharded:  # weights are gathered in low precision, and autocast has nothing left to copy
         read = [_held(parts, holding) for parts in read]
     most, least = (with_allocator({**whole, **parts}, shape.device) for parts in read)
-    return most, sum((most if sharded else least).values())
+    return most, sum((least if shape.device == "cuda" and not sharded else most).values())
 
 
 def _held(parts: dict[str, int], holding: Holding) -> dict[str, int]:

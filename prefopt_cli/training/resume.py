@@ -1,13 +1,16 @@
 """Going on with a run: only with the recipe and the data that it began with."""
 
 import json
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from prefopt_cli.errors import UserError
+from prefopt_cli.errors import PrefoptError, UserError
+from prefopt_cli.launch.meeting import SEEN_WITHIN
 from prefopt_cli.recipe import diff_recipes, load_recipe
 from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.runs.folder import CHECKPOINT_MARK, RunFolder
@@ -125,6 +128,22 @@ def manifest_to_go_on_with(run: RunFolder, manifest: dict[str, Any]) -> dict[str
     """The run's own manifest, with versions and processes of a new run's; see `require_same_start` for the rest."""
     require_same_start(run, manifest)
     return {**run.read_manifest(), "versions": manifest["versions"], "processes": manifest["processes"]}
+
+
+def await_mark(checkpoint: Path) -> None:
+    """Wait until this process sees that a checkpoint is complete: a network disk may show it late to some machines.
+
+    Raises:
+        PrefoptError: it does not see that.
+    """
+    until = time.monotonic() + SEEN_WITHIN
+    while not (checkpoint / CHECKPOINT_MARK).is_file():
+        if time.monotonic() > until:
+            raise PrefoptError(
+                f"{socket.gethostname()} does not see {checkpoint}, from which the main process goes on. All machines "
+                "must share output_dir."
+            )
+        time.sleep(0.2)
 
 
 def finished_steps(checkpoint: Path) -> TrainerState | None:

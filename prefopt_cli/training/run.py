@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerState
 from trl import DPOConfig
 
@@ -41,10 +42,12 @@ from prefopt_cli.training.objectives import Objective, find_objective, precomput
 from prefopt_cli.training.outcome import Outcome, already_finished, outcome_of
 from prefopt_cli.training.preparation import Prepared, own_prompts, prepare
 from prefopt_cli.training.previous import with_previous_margins
+from prefopt_cli.training.processes import decided, signal_to_any
 from prefopt_cli.training.record import exported_fingerprint, first_manifest, now
 from prefopt_cli.training.reference import layout_for, with_reference
 from prefopt_cli.training.reporting import Reporter
 from prefopt_cli.training.resume import (
+    await_mark,
     finished_steps,
     manifest_to_go_on_with,
     require_resumable,
@@ -131,8 +134,9 @@ def train(
                 export_policy(trainer, prepared.tokenizer, run, card)
         if main_process:
             _record(run, outcome, prepared)
-    # A signal may come too late to interrupt this run; whoever trains on afterwards must know of it.
-    return replace(outcome, signal=stop.received)
+        PartialState().wait_for_everyone()  # a signal while the main process writes is heard gently by all
+    # It may come too late to interrupt this run; whoever trains on afterwards must know of it.
+    return replace(outcome, signal=signal_to_any(stop))
 
 
 def _loaded(
@@ -243,7 +247,7 @@ def _opened(
             callbacks.remove_unfinished(run.checkpoints)
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             with suppress(OSError):  # the disk may be the very thing that is full
-                run.update_manifest(status=status, ended=now(), error=str(error)[:2000])
+                run.update_manifest(status=status, ended=now(), error=str(error)[:2000] or None)
             raise
 
 
@@ -261,7 +265,9 @@ def _record(run: RunFolder, outcome: Outcome, prepared: Prepared) -> None:
 
 def _checkpoint(run: RunFolder, trainer: PreferenceTrainer, reporter: Reporter) -> Path | None:
     """The checkpoint to go on from, with what was logged since wound back to it."""
-    checkpoint = run.last_checkpoint()
+    checkpoint = decided(run.last_checkpoint)
+    if checkpoint is not None:
+        await_mark(checkpoint)
     if checkpoint is None:
         reporter.message("The run has no complete checkpoint yet: it starts over from step 0.")
     else:

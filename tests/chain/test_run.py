@@ -5,11 +5,14 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from prefopt_cli.errors import PrefoptError, UserError
+from prefopt_cli.evaluation import retention as retention_module
+from prefopt_cli.evaluation.retention_table import table
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.runs.folder import RunFolder
 from prefopt_cli.training.reporting import Silent
@@ -139,6 +142,22 @@ def test_a_signal_after_the_last_step_of_a_stage_ends_the_chain(chains: Chains) 
     stopped = chains.run(reporter=Telling(stage=1, step=3))
     assert (stopped.status, stopped.signal) == ("interrupted", signal.SIGINT)
     assert chains.actions() == ["skip", "train"]
+
+
+def test_a_signal_after_the_last_scores_of_a_table_ends_the_chain(
+    chains: Chains, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing asks whether to stop while the intervals are computed."""
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return table(*arguments, **options)
+
+    monkeypatch.setattr(retention_module, "table", interrupted)
+    stopped = chains.run()
+    assert (stopped.status, stopped.signal) == ("interrupted", signal.SIGINT)
+    assert chains.actions() == ["skip", "train"]
+    assert (chains.out / "retention.json").is_file(), "what was computed is kept"
 
 
 def test_a_changed_lambda_trains_the_last_stage_alone(finished: Chains) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -35,6 +36,8 @@ def f(x):
             raise RuntimeError("rank one is unhappy")
         if MARK == "exits":
             os._exit(7)
+        if MARK == "nan":
+            return x * torch.tensor([1.0, float("nan"), 1.0, 1.0])
         os.kill(os.getpid(), getattr(signal, MARK))
     time.sleep(0.05 if x.requires_grad else 0)
     return torch.nn.functional.softplus(-x)
@@ -157,6 +160,16 @@ def test_the_first_error_and_its_rank(recipe: Path, accident: str, words: str) -
     assert time.monotonic() - begun < 120
 
 
+def test_the_row_with_a_loss_that_is_not_finite_is_named_whichever_process_has_it(recipe: Path) -> None:
+    """The gradient, a sum over all processes, is not finite in any of them."""
+    done = finish(recipe, ACCIDENT="nan")
+    assert done.returncode == 1
+    told = re.search(r"step 1: the loss is not finite\. Rows: (\S+)\. The step was not taken", done.stderr)
+    assert told, done.stderr
+    assert re.fullmatch(r"pairs\.jsonl:\d+", told[1]), "one row"
+    assert told[0] in RunFolder(recipe.parent / "run").read_manifest()["error"]
+
+
 def test_a_users_mistake_is_told_as_by_one_process(recipe: Path) -> None:
     several, one = (
         finish(recipe, "model.name_or_path=none/such"),
@@ -196,7 +209,7 @@ def test_a_signal_to_every_process_counts_once(started: subprocess.Popen[str], r
     assert RunFolder(recipe.parent / "run").last_checkpoint() is not None
 
 
-def test_a_second_ctrl_c_ends_at_once(started: subprocess.Popen[str]) -> None:
+def test_a_second_ctrl_c_ends_at_once(started: subprocess.Popen[str], recipe: Path) -> None:
     processes = descendants(started)
     worker = next(each for each in processes if each.parent() != psutil.Process(started.pid))
     worker.suspend()  # so that the step takes as long as it takes
@@ -207,6 +220,8 @@ def test_a_second_ctrl_c_ends_at_once(started: subprocess.Popen[str]) -> None:
     assert started.returncode == 130
     assert err.endswith("prefopt: Interrupted.\n")
     assert_gone(processes)
+    manifest = RunFolder(recipe.parent / "run").read_manifest()
+    assert (manifest["status"], manifest.get("error")) == ("interrupted", None)
 
 
 @pytest.mark.parametrize("who", ["launcher", "torchrun"])
@@ -365,18 +380,22 @@ def test_a_configuration_of_accelerate(recipe: Path, tmp_path: Path) -> None:
     assert RunFolder(recipe.parent / "run").read_manifest()["processes"] == 2
 
 
-def test_a_chain_in_two_processes(tiny_world: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_chain_in_two_processes(stages: int, tiny_world: Path, tmp_path: Path) -> None:
     file = tmp_path / "chain.yaml"
-    file.write_text(CHAIN.format(world=tiny_world, out=tmp_path / "out") + "launch: {processes: 2}\n")
+    chain = CHAIN.format(world=tiny_world, out=tmp_path / "out")
+    if stages == 1:
+        chain = chain.partition("  - dimension: facts")[0]
+    file.write_text(chain + "launch: {processes: 2}\n")
     done = subprocess.run(
         [sys.executable, "-m", "prefopt_cli", "chain", str(file), "--json"],
         capture_output=True,
         text=True,
         env=variables(tmp_path),
-        timeout=400,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "finished"
     assert done.stderr.count("Starting 2 processes") == 1
-    for dimension in ("tone", "facts"):
+    for dimension in ("tone", "facts")[:stages]:
         assert RunFolder(tmp_path / "out" / dimension).read_manifest()["processes"] == 2

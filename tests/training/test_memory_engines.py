@@ -156,14 +156,14 @@ def test_before_training_a_process_holds_the_whole_model_but_under_fsdp() -> Non
     model = on_meta(WIDE)
     forward = Forward(scored=4096, longest=64, evaluated=0)
 
-    def found(**sharing: Any) -> Any:
+    def found(device: str = "cuda", **sharing: Any) -> Any:
         return estimate(
             model,
             "none",
             batch=SMALL,
             forward=forward,
             sharing=shared(processes=64, **sharing),
-            device="cuda",
+            device=device,
         )
 
     whole, sharded = found(engine="deepspeed", zero_stage=3), found()
@@ -171,6 +171,8 @@ def test_before_training_a_process_holds_the_whole_model_but_under_fsdp() -> Non
     assert whole.whole_before
     assert whole.before["weights"] == weights
     assert weights < whole.needed_before < sum(whole.before.values()), "batches may be halved"
+    on_the_cpu = found("cpu", engine="deepspeed", zero_stage=3)
+    assert on_the_cpu.needed_before == sum(on_the_cpu.before.values()), "the system ends who takes too much"
     assert not sharded.whole_before
     assert sharded.before["weights"] < weights / 32
     assert sharded.before["gathered weights"] < weights

@@ -61,6 +61,7 @@ def chain(
     from prefopt_cli.chain.loader import load_chain
     from prefopt_cli.errors import UserError
     from prefopt_cli.launch.devices import require_accelerators
+    from prefopt_cli.launch.resolving import launch_here
 
     loaded = load_chain(file, overrides or ())
     if runs_dir is not None and not runs_dir.is_dir():
@@ -70,6 +71,8 @@ def chain(
         flags = {"--overwrite": overwrite, "--json": json, "--debug": debug}
         options = [*_moved(runs_dir), *(name for name, given in flags.items() if given)]
         in_processes(_job(loaded, overrides or [], options, again), debug=debug)
+    else:
+        launch_here(loaded.stages[0].recipe.launch)  # tells what is wrong with it
     prepare_libraries()
     require_accelerators(use_cpu=bool(loaded.stages[0].recipe.training.get("use_cpu")))
     from prefopt_cli.chain.plan import make_plan

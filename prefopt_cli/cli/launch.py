@@ -17,7 +17,8 @@ class _Group(TyperGroup):
     """Commands, of which one may be asked for as an option: `prefopt launch --print my.yaml`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "--print" in args:
+        named = next((place for place, word in enumerate(args) if word in self.commands), len(args))
+        if "--print" in args[:named]:
             args.remove("--print")
             args.insert(0, "print")
         return super().parse_args(ctx, args)
@@ -65,7 +66,20 @@ def print_launch(
 
 
 def _described(plan: "LaunchPlan") -> str:
+    from os import environ
+
+    from prefopt_cli.launch.addresses import INTERFACES
+
     processes = f"{plan.processes} process{'es' if plan.processes > 1 else ''}; engine: {plan.engine}."
     if plan.machines == 1:
         return processes
-    return f"{processes} Machine {plan.machine_rank} of {plan.machines}; launch.machine_rank=K shows it for the others."
+    machines = (
+        f"Machine {plan.machine_rank} of {plan.machines}; launch.machine_rank=K shows it for the others."
+    )
+    text = f"{processes} {machines}"
+    if plan.interface_open and not any(name in environ for name in INTERFACES):
+        text += (
+            "\n# prefopt train finds by itself the network interface that leads to the others. To paste this line, put "
+            "that\n# interface's name (`ip -brief address`) before it: GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME==eth0"
+        )
+    return text

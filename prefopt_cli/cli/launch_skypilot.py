@@ -40,6 +40,12 @@ def skypilot(
             show_default=False,
         ),
     ] = None,
+    volume: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--volume", metavar="PLACE=NAME", help="A volume that SkyPilot manages.", show_default=False
+        ),
+    ] = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     debug: DebugOption = False,
@@ -50,10 +56,15 @@ def skypilot(
     its data, is copied to the machines.
     """
     from prefopt_cli.launch.batch_script import write_script
-    from prefopt_cli.launch.skypilot import SkyOptions, shared_output, skypilot_task
+    from prefopt_cli.launch.resolving import resolve_launch
+    from prefopt_cli.launch.skypilot import SkyOptions, notes, skypilot_task, start_command
     from prefopt_cli.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
+    # How many machines there are may stand in a file of `launch.config`.
+    found = resolve_launch(loaded.launch, {}).settings
+    launch = found.model_copy(update={"config": loaded.launch.config})
+    loaded = loaded.model_copy(update={"launch": launch})
     options = SkyOptions(
         nodes=nodes or loaded.launch.machines,
         accelerators=accelerators,
@@ -61,21 +72,13 @@ def skypilot(
         spot=spot,
         disk_size=disk_size,
         mounts=mount or (),
+        volumes=volume or (),
     )
     text = skypilot_task(recipe, overrides or (), loaded, options)
-    if (options.nodes > 1 or spot) and not shared_output(loaded, options):
-        why = (
-            "Several machines must share it"
-            if options.nodes > 1
-            else "What is on a spot machine goes with it"
-        )
-        typer.echo(
-            f"Note: output_dir {loaded.output_dir} lies on the machines' own disks. {why}: mount a bucket, as in "
-            "--mount /runs=s3://BUCKET, and add output_dir=/runs/NAME.",
-            err=True,
-        )
+    for note in notes(recipe, loaded, options):
+        typer.echo(f"Note: {note}", err=True)
     if output is None:
         typer.echo(text, nl=False)
         return
     write_script(text, output, overwrite=overwrite)
-    typer.echo(f"Wrote {output}. Start it: sky launch {output}", err=True)
+    typer.echo(f"Wrote {output}. Start it: {start_command(recipe, options, str(output))}", err=True)

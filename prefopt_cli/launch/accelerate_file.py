@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefopt_cli.errors import UserError
+from prefopt_cli.launch.addresses import join_endpoint
+from prefopt_cli.recipe.launch_settings import LAST_PORT, is_endpoint
 
 UNSUPPORTED = ("tpu", "tpu_use_cluster", "use_megatron_lm")
 
@@ -98,19 +100,29 @@ def _read(arguments: Namespace, defaults: Any, precision_from_file: bool, path: 
             f"launch.config: {path} shares {total} processes (num_processes) among {machines} machines, and they do "
             "not divide."
         )
-    rank, host, port = (
-        int(arguments.machine_rank or 0),
-        arguments.main_process_ip,
-        arguments.main_process_port,
-    )
+    rank = int(arguments.machine_rank or 0)
+    rendezvous = _rendezvous(arguments, path) if machines > 1 else None
     return AccelerateFile(
         engine="deepspeed" if arguments.use_deepspeed else "fsdp" if arguments.use_fsdp else "ddp",
         processes=total // machines,
         machines=machines,
         machine_rank=rank,
-        rendezvous=f"{host}:{port or 29500}" if host and machines > 1 else None,
+        rendezvous=rendezvous,
         variables=_variables(arguments, defaults, precision_from_file),
     )
+
+
+def _rendezvous(arguments: Namespace, path: str) -> str | None:
+    """host:port of machine 0, where the file says it."""
+    if not arguments.main_process_ip:
+        return None
+    endpoint = join_endpoint(str(arguments.main_process_ip), int(arguments.main_process_port or 29500))
+    if not is_endpoint(endpoint):
+        raise UserError(
+            f"launch.config: {path}: main_process_ip and main_process_port make {endpoint}, which is no place to "
+            f"meet; expected a host or an address, and a port up to {LAST_PORT}."
+        )
+    return endpoint
 
 
 def _variables(arguments: Namespace, defaults: Any, precision_from_file: bool) -> dict[str, str]:

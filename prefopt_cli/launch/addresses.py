@@ -1,8 +1,12 @@
 """Where machines meet, and by which network interface they get there."""
 
+import ipaddress
 import socket
 
 from prefopt_cli.recipe.launch_settings import ENDPOINT
+
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Variables by which gloo and NCCL are told which network interface to use."""
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
@@ -30,6 +34,27 @@ def own_address_towards(host: str, port: int) -> str | None:
     return None
 
 
+def is_own_address(host: str, port: int) -> bool:
+    """Whether a host is this machine: the way to an own address begins at that address. Nothing is sent."""
+    try:
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM):
+            with socket.socket(family, kind, protocol) as probe:
+                probe.connect(address)
+                if probe.getsockname()[0] == probe.getpeername()[0]:
+                    return True
+    except OSError:
+        pass
+    return False
+
+
+def is_loopback(address: str | None) -> bool:
+    """Whether an address is one by which a machine reaches only itself."""
+    if address is None:
+        return False
+    plain = address.removeprefix("::ffff:").partition("%")[0]  # IPv4 seen through an IPv6 socket
+    return ipaddress.ip_address(plain).is_loopback
+
+
 def interface_of(address: str | None) -> str | None:
     """The name of the network interface that has an address."""
     import psutil
@@ -48,4 +73,4 @@ def interface_variables(address: str | None) -> dict[str, str]:
     name = interface_of(address)
     if name is None:
         return {}
-    return {"GLOO_SOCKET_IFNAME": name, "NCCL_SOCKET_IFNAME": f"={name}"}
+    return dict(zip(INTERFACES, (name, f"={name}"), strict=True))

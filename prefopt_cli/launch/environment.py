@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.launch.mpi_task import by_mpi, mpi_task
-from prefopt_cli.launch.slurm_step import slurm_step
+from prefopt_cli.launch.slurm_step import SlurmStep, slurm_step
 from prefopt_cli.launch.variables import FOLDER
 
 if TYPE_CHECKING:
@@ -72,10 +72,20 @@ def _require_numbers(environ: Mapping[str, str]) -> None:
 
 
 def with_slurm(settings: "LaunchSettings", environ: Mapping[str, str] = os.environ) -> "LaunchSettings":
-    """The settings with machines and rendezvous from Slurm, where each node has one task and they say nothing."""
+    """The settings with machines, rank and rendezvous from Slurm, where each node has one task.
+
+    Settings that name a rendezvous, or another rank than Slurm's, stay as they are.
+
+    Raises:
+        UserError: they ask for another number of machines than the step has nodes.
+    """
     step = slurm_step(environ)
-    silent = settings.machines == 1 and settings.machine_rank == 0 and settings.rendezvous is None
-    if step is None or not step.one_task_per_node or not silent:
+    if step is None or settings.rendezvous is not None:
+        return settings
+    _require_nodes(settings, step)
+    if not step.one_task_per_node or settings.machine_rank not in (0, step.node):
+        return settings
+    if settings.machines == 1 and settings.machine_rank > 0:  # of the machines in launch.config
         return settings
     found = {
         "machines": step.tasks,
@@ -83,3 +93,16 @@ def with_slurm(settings: "LaunchSettings", environ: Mapping[str, str] = os.envir
         "rendezvous": f"{step.hosts[0]}:{step.port}",
     }
     return settings.model_copy(update=found)
+
+
+def _require_nodes(settings: "LaunchSettings", step: SlurmStep) -> None:
+    """Refuse several machines that are not those of the step, one task on each."""
+    if settings.machines in (1, step.tasks):
+        return
+    if step.one_task_per_node or step.tasks == 1:
+        nodes = f"{step.tasks} node{'s' if step.tasks > 1 else ''}"
+        raise UserError(
+            f"launch.machines: {settings.machines}, but srun started a task on {nodes}. Leave launch.machines out, "
+            f"as Slurm says how many there are; or ask for them: srun --nodes={settings.machines} "
+            f"--ntasks-per-node=1."
+        )

@@ -5,15 +5,21 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.launch.accelerate_file import AccelerateFile, read_accelerate_file
-from prefopt_cli.launch.addresses import interface_variables, own_address_towards, split_endpoint
+from prefopt_cli.launch.addresses import (
+    INTERFACES,
+    interface_variables,
+    is_loopback,
+    is_own_address,
+    own_address_towards,
+    split_endpoint,
+)
 from prefopt_cli.launch.devices import count_accelerators, count_cores, may_have_accelerator
-from prefopt_cli.launch.engine_variables import chosen, engine_variables
-from prefopt_cli.launch.environment import with_slurm
+from prefopt_cli.launch.engine_variables import chosen
+from prefopt_cli.launch.resolving import NO_MEETING_PLACE, ONE_PROCESS, resolve_launch
+from prefopt_cli.launch.slurm_step import slurm_step
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 
 TORCHRUN = "torch.distributed.run"
@@ -42,6 +48,11 @@ class LaunchPlan:
     def command(self) -> list[str]:
         """The command line, which can be run as it is."""
         return [sys.executable, "-m", TORCHRUN, *self.torchrun, "-m", "prefopt_cli", *self.arguments]
+
+    @property
+    def interface_open(self) -> bool:
+        """Whether `prefopt train` is still to find the network interface by which this machine meets the others."""
+        return self.machines > 1 and not any(name in self.environment for name in INTERFACES)
 
     def shell(self) -> str:
         """Environment and command as one line for a shell."""
@@ -82,19 +93,21 @@ def plan_launch(
     Raises:
         UserError: the settings contradict `launch.config` or this machine.
     """
-    settings = with_slurm(settings, environ)
-    settings, variables = _with_config(settings)
-    variables |= chosen(settings.engine)
+    with_file = settings.config is not None
+    resolved = resolve_launch(settings, environ)
+    settings = resolved.settings
+    variables = {**resolved.variables, **chosen(settings.engine)}
     processes = _count(settings, use_cpu=use_cpu)
-    alone = processes == 1 and settings.machines == 1
-    if alone and settings.engine == "ddp" and settings.config is None:
-        return None
+    if processes == 1 and settings.machines == 1:
+        if settings.engine == "ddp" and not with_file:
+            return None
+        if settings.engine == "fsdp":
+            raise UserError(ONE_PROCESS)
     if use_cpu or not may_have_accelerator():
         variables["ACCELERATE_USE_CPU"] = "true"
     variables["OMP_NUM_THREADS"] = str(max(1, count_cores() // processes))
     if settings.machines > 1:
-        host, port = split_endpoint(_meeting_place(settings))
-        variables |= interface_variables(own_address_towards(host, port))
+        variables |= _own_interface(settings, environ)
     given = {name for name in variables if name in environ and name.endswith(("_THREADS", "_IFNAME"))}
     return LaunchPlan(
         arguments=tuple(arguments),
@@ -131,49 +144,22 @@ def _torchrun_options(settings: LaunchSettings, processes: int) -> tuple[str, ..
 
 def _meeting_place(settings: LaunchSettings) -> str:
     if settings.rendezvous is None:
-        raise UserError(
-            "launch.machines: several machines must know where to meet; add launch.rendezvous: HOST:PORT of machine 0"
-        )
+        raise UserError(NO_MEETING_PLACE)
     return settings.rendezvous
 
 
-def _with_config(settings: LaunchSettings) -> tuple[LaunchSettings, dict[str, str]]:
-    """The settings, with what `launch.config` says where they say nothing; and the engine's variables."""
-    if settings.config is None:
-        return settings, engine_variables(settings)
-    path = Path(settings.config).expanduser()
-    if path.is_dir():
-        raise UserError(f"launch.config: {path} is a folder; name the file in it.")
-    if not path.is_file():
-        raise UserError(f"launch.config: there is no file {path}.")
-    if path.suffix == ".json":
-        if settings.engine != "deepspeed":
-            raise UserError(
-                f"launch.config: {path} is taken for DeepSpeed's (JSON), and the engine is {settings.engine}; add "
-                "launch.engine: deepspeed, or give an accelerate configuration (YAML)."
-            )
-        settings = settings.model_copy(update={"config": str(path.resolve())})
-        return settings, engine_variables(settings)
-    found = read_accelerate_file(str(path))
-    _require_agreement(settings, found, path)
-    update: dict[str, Any] = {"engine": found.engine}
-    if settings.processes == 1:
-        update["processes"] = found.processes
-    if settings.machines == 1 and found.machines > 1:
-        update |= {
-            "machines": found.machines,
-            "machine_rank": settings.machine_rank or found.machine_rank,
-            "rendezvous": settings.rendezvous or found.rendezvous,
-        }
-    return settings.model_copy(update=update), found.variables
+def _own_interface(settings: LaunchSettings, environ: Mapping[str, str]) -> dict[str, str]:
+    """What binds gloo and NCCL to the way to machine 0, where this is certainly the machine that the plan is for.
 
-
-def _require_agreement(settings: LaunchSettings, found: AccelerateFile, path: Path) -> None:
-    if settings.engine not in ("ddp", found.engine):
-        raise UserError(
-            f"launch.engine: {settings.engine}, but {path} (launch.config) asks for {found.engine}; leave the engine "
-            "out, or change the file."
-        )
+    Elsewhere they are left to `as_machine`: a plan may be printed for another machine, and by the loopback interface,
+    which machine 0's name may resolve to on machine 0 itself, no other machine is reached.
+    """
+    host, port = split_endpoint(_meeting_place(settings))
+    address = own_address_towards(host, port)
+    step = slurm_step(environ)
+    by_slurm = step is not None and step.one_task_per_node and step.node == settings.machine_rank
+    known = by_slurm or (settings.machine_rank == 0 and is_own_address(host, port))
+    return interface_variables(address) if known and not is_loopback(address) else {}
 
 
 def as_machine(plan: LaunchPlan, address: str | None) -> LaunchPlan:

@@ -10,6 +10,8 @@ from typing import Any
 from prefopt_cli.errors import UserError
 from prefopt_cli.launch.batch_script import alone, job_name, require_one_line, run_manifest, words
 from prefopt_cli.launch.installation import installation
+from prefopt_cli.launch.local_files import absent_files
+from prefopt_cli.launch.skypilot_mounts import as_file_mounts, output_mount, read_mounts
 from prefopt_cli.recipe.schema import Recipe
 
 ENVIRONMENT = "~/prefopt-environment"
@@ -19,8 +21,6 @@ PYTHON = ">=3.11,<3.14"
 PORT = 29500
 """SkyPilot opens all ports between a cluster's own machines."""
 ACCELERATORS = re.compile(r"[A-Za-z][A-Za-z0-9._-]*(:\d+)?")
-MOUNT = re.compile(r"(?P<place>[/~][^=]*)=(?P<source>.+)", re.DOTALL)
-BUCKET = re.compile(r"[a-z0-9]+://.+")
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class SkyOptions:
     """GB."""
     mounts: Sequence[str] = ()
     """PLACE=SOURCE: buckets are mounted, local files and folders are copied."""
+    volumes: Sequence[str] = ()
+    """PLACE=NAME, of volumes that SkyPilot manages."""
 
 
 def skypilot_task(recipe_path: str, overrides: Sequence[str], recipe: Recipe, options: SkyOptions) -> str:
@@ -49,7 +51,8 @@ def skypilot_task(recipe_path: str, overrides: Sequence[str], recipe: Recipe, op
         options: what to ask SkyPilot for.
 
     Raises:
-        UserError: an option is nothing that SkyPilot understands, or the recipe lies outside the present folder.
+        UserError: an option is nothing that SkyPilot understands, the recipe lies outside the present folder, or its
+            output_dir where a run folder cannot lie.
     """
     path = _within_workdir(recipe_path)
     task: dict[str, Any] = {
@@ -59,15 +62,19 @@ def skypilot_task(recipe_path: str, overrides: Sequence[str], recipe: Recipe, op
         "workdir": ".",
     }
     installed = installation()
-    mounts = _mounts(options)
+    mounts = read_mounts(options.mounts, options.volumes)
+    copied = as_file_mounts(mounts, output_mount(recipe.output_dir, mounts, options.nodes))
     source = shlex.quote(installed.prefopt)
     if installed.folder is not None:
         in_workdir = installed.folder.resolve() == Path.cwd().resolve()
         source = "." if in_workdir else SOURCE  # whose ~ must stay unquoted
         if not in_workdir:
-            mounts[SOURCE] = str(installed.folder)
-    if mounts:
-        task["file_mounts"] = mounts
+            copied[SOURCE] = str(installed.folder)
+    if copied:
+        task["file_mounts"] = copied
+    if volumes := {each.place: each.source for each in mounts if each.kind == "volume"}:
+        task["volumes"] = volumes
+    arguments = [path, *overrides, *alone(recipe, options.nodes)]
     install = [
         "set -euo pipefail",
         # A machine's own Python may be too old; uv, which SkyPilot brings along, finds or fetches another.
@@ -77,12 +84,41 @@ def skypilot_task(recipe_path: str, overrides: Sequence[str], recipe: Recipe, op
         f". {ENVIRONMENT}/bin/activate",
         *([f"pip install {words(installed.first)}"] if installed.first else []),
         f"pip install {words(installed.then)} {source}",
-        f"prefopt doctor --quick {shlex.quote(path)} || true",
+        f"prefopt doctor --quick {words(arguments)} || true",
     ]
     task["setup"] = "\n".join(install) + "\n"
-    task["run"] = _run(path, overrides, recipe, options)
-    head = f"# prefopt train {' '.join(recipe_path.split())} on SkyPilot: sky launch --cluster {task['name']} FILE\n"
-    return head + _as_yaml(task)
+    task["run"] = _run(arguments, recipe, options)
+    trained = " ".join(recipe_path.split())
+    head = [f"prefopt train {trained} on SkyPilot: {start_command(recipe_path, options, 'FILE')}"]
+    head += [SPOT] if options.spot else []
+    return "".join(f"# {line}\n" for line in head) + _as_yaml(task)
+
+
+SPOT = "Only managed jobs replace a machine that is taken away; output_dir must outlive it, as in a bucket."
+
+
+def start_command(recipe_path: str, options: SkyOptions, file: str) -> str:
+    """What starts a task file: a managed job on spot machines, else a cluster that a second start finds again."""
+    name, file = job_name(recipe_path), shlex.quote(file)
+    return f"sky jobs launch --name {name} {file}" if options.spot else f"sky launch --cluster {name} {file}"
+
+
+def notes(recipe_path: str, recipe: Recipe, options: SkyOptions) -> list[str]:
+    """What may go wrong with the task on the machines, each with what to do."""
+    mounts = read_mounts(options.mounts, options.volumes)
+    found = absent_files(recipe_path, recipe, mounts)
+    if output_mount(recipe.output_dir, mounts, options.nodes) is not None:
+        return found
+    place = f"output_dir {recipe.output_dir} lies on the machines' own disks, unless they have a shared one there."
+    if options.nodes > 1:
+        return [*found, f"{place} Several machines must share it: {IN_VOLUME}"]
+    if options.spot:
+        return [*found, f"{place} What is there is gone with a machine, at the job's end too: {IN_BUCKET}"]
+    return found
+
+
+IN_BUCKET = "mount a bucket, --mount /runs=s3://BUCKET, and add output_dir=/runs/NAME."
+IN_VOLUME = "mount a volume of SkyPilot's, --volume /runs=VOLUME, and add output_dir=/runs/NAME."
 
 
 def _within_workdir(recipe_path: str) -> str:
@@ -115,20 +151,9 @@ def _resources(options: SkyOptions) -> dict[str, Any]:
     return resources
 
 
-def _mounts(options: SkyOptions) -> dict[str, Any]:
-    mounts: dict[str, Any] = {}
-    for text in options.mounts:
-        found = MOUNT.fullmatch(text)
-        if found is None:
-            raise UserError(f"--mount: expected PLACE=SOURCE, as in /data=s3://bucket, found {text!r}.")
-        source = found["source"]
-        mounts[found["place"]] = {"source": source, "mode": "MOUNT"} if BUCKET.fullmatch(source) else source
-    return mounts
-
-
-def _run(path: str, overrides: Sequence[str], recipe: Recipe, options: SkyOptions) -> str:
+def _run(arguments: Sequence[str], recipe: Recipe, options: SkyOptions) -> str:
     lines = ["set -euo pipefail", f". {ENVIRONMENT}/bin/activate"]
-    lines.append(f"command=(prefopt train {words([path, *overrides, *alone(recipe, options.nodes)])})")
+    lines.append(f"command=(prefopt train {words(arguments)})")
     if options.accelerators is not None:
         lines.append('command+=("launch.processes=$SKYPILOT_NUM_GPUS_PER_NODE")')
     if options.nodes > 1:
@@ -145,13 +170,6 @@ def _run(path: str, overrides: Sequence[str], recipe: Recipe, options: SkyOption
         'exec "${command[@]}"',
     ]
     return "\n".join(lines) + "\n"
-
-
-def shared_output(recipe: Recipe, options: SkyOptions) -> bool:
-    """Whether the run folder lies in a mounted bucket: several machines must share it, and it outlives them."""
-    output = Path(recipe.output_dir)
-    places = [found["place"] for text in options.mounts if (found := MOUNT.fullmatch(text)) and "://" in text]
-    return any(output.is_relative_to(place) for place in places)
 
 
 def _as_yaml(task: dict[str, Any]) -> str:

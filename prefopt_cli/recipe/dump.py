@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from prefopt_cli.recipe.launch_settings import given
 from prefopt_cli.recipe.problems import Path, dotted
 from prefopt_cli.recipe.schema import Recipe
 from prefopt_cli.recipe.yaml_loader import RecipeYamlLoader
@@ -31,8 +32,12 @@ _Dumper.add_representer(str, _represent_string)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML, defaults included; ``load_recipe`` reads an equal recipe from it."""
-    return dump_data(recipe.model_dump())
+    """The resolved recipe as YAML, defaults included; ``load_recipe`` reads an equal recipe from it.
+
+    Of ``launch`` it holds what was given: beside ``launch.config``, a default that is written down wins over the file.
+    """
+    launch = recipe.launch.model_dump(include=set(given(recipe.launch)))
+    return dump_data({**recipe.model_dump(), "launch": launch})
 
 
 def dump_data(data: Any) -> str:

@@ -56,6 +56,7 @@ def _config_speaks_alone(settings: Settings) -> Iterator[Problem]:
 
 
 def _machines_meet(settings: Settings) -> Iterator[Problem]:
+    """Where they meet is asked only of those that start them: Slurm and SkyPilot know it, the recipe need not."""
     machines = settings.get("launch", "machines") or 1
     rank = settings.get("launch", "machine_rank") or 0
     if any(settings.mistaken("launch", key) for key in ("machines", "machine_rank", "rendezvous")):
@@ -65,11 +66,6 @@ def _machines_meet(settings: Settings) -> Iterator[Problem]:
         yield Problem(
             ("launch", "machine_rank"),
             f"expected less than launch.machines ({machines}), as ranks begin at 0, found {rank}",
-        )
-    if machines > 1 and settings.get("launch", "rendezvous") is None and not in_config:
-        yield Problem(
-            ("launch", "machines"),
-            "several machines must know where to meet; add rendezvous: HOST:PORT of machine 0",
         )
 
 

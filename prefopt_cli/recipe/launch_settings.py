@@ -14,13 +14,22 @@ LAST_PORT = 65534
 """The launchers of several machines meet at the next one."""
 
 
+Engine = Literal["ddp", "fsdp", "deepspeed"]
+
+
+def is_endpoint(text: str) -> bool:
+    """Whether a text is host:port, with a port after which there is another one."""
+    found = ENDPOINT.fullmatch(text)
+    return found is not None and 1 <= int(found[2]) <= LAST_PORT
+
+
 class LaunchSettings(Section):
     """How the run is started. A run that torchrun, accelerate or Slurm has started already starts no more processes."""
 
     processes: int | Literal["auto"] = Field(
         default=1, description="Processes on each machine; auto: one for every GPU."
     )
-    engine: Literal["ddp", "fsdp", "deepspeed"] = Field(
+    engine: Engine = Field(
         default="ddp",
         description="How processes share the work. ddp: each holds the whole model; fsdp: weights, gradients and "
         "optimizer are sharded (FSDP2); deepspeed: ZeRO.",
@@ -65,9 +74,20 @@ class LaunchSettings(Section):
     @field_validator("rendezvous")
     @classmethod
     def _endpoint(cls, value: str | None) -> str | None:
-        found = ENDPOINT.fullmatch(value) if value is not None else None
-        if value is not None and (found is None or not 1 <= int(found[2]) <= LAST_PORT):
+        if value is not None and not is_endpoint(value):
             raise ValueError(
                 f"expected host:port, for example 10.0.0.1:29500, with a port up to {LAST_PORT}, found {value!r}"
             )
         return value
+
+
+def given(settings: LaunchSettings) -> frozenset[str]:
+    """The settings that the user has written down, defaults among them.
+
+    Runs of earlier versions spell every setting out in their recipe.yaml: there only what is no default says anything.
+    """
+    names = frozenset(settings.model_fields_set)
+    fields = LaunchSettings.model_fields
+    if not names.issuperset(fields):
+        return names
+    return frozenset(name for name in names if getattr(settings, name) != fields[name].default)

@@ -38,7 +38,8 @@ def load_recipe(path: str | os.PathLike[str], overrides: Iterable[str] = ()) -> 
         )
     if "stages" in document.data:
         raise UserError(
-            f"{name}:{document.lines[('stages',)]}  stages make it a chain, not a recipe; run `prefopt chain {name}`"
+            f"{name}:{document.lines[('stages',)]}  stages make it a chain, not a recipe; run `prefopt chain {name}`, "
+            f"or write a job for Slurm with `prefopt launch slurm {name}`"
         )
     locations = Locations(name, document.lines)
     problems = document.problems + apply_overrides(document.data, tuple(overrides), locations)

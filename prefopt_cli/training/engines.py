@@ -6,8 +6,8 @@ internal of accelerate is touched, in `engines_on_any_device`; tests/slow/test_e
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,27 +21,39 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.launch.engine_variables import USES
+from prefopt_cli.launch.engine_variables import DEEPSPEED_FILE, ZERO_STAGE, engine_asked, engine_facts
+from prefopt_cli.launch.resolving import ONE_PROCESS, launch_here
 from prefopt_cli.models.adapters import is_stacked
-from prefopt_cli.recipe.launch_settings import LaunchSettings
-
-Engine = Literal["ddp", "fsdp", "deepspeed"]
+from prefopt_cli.recipe.launch_settings import Engine, LaunchSettings
 
 
 def engine() -> Engine:
     """What the launcher's environment asks for."""
-    for name, variable in USES.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1"):
-            return name  # type: ignore[return-value]
-    return "ddp"
+    return engine_asked(os.environ)
 
 
 def sharding_asked(launch: LaunchSettings) -> tuple[str, int]:
-    """(engine, ZeRO stage): what a launcher's environment asks for, else what the recipe will have it ask for."""
-    if (asked := engine()) == "ddp":
-        return launch.engine, launch.zero_stage
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
-    return asked, int(stage) if stage.isdecimal() else launch.zero_stage
+    """(engine, ZeRO stage): what a launcher's environment asks for, else what the recipe will have it ask for.
+
+    Raises:
+        UserError: DeepSpeed's file, which the environment names, cannot be used.
+    """
+    asked = engine()
+    if asked == "deepspeed":
+        variables = dict(os.environ)
+        if not os.path.isfile(
+            variables.get(DEEPSPEED_FILE, "")
+        ):  # a launcher may put its content there instead
+            variables.pop(DEEPSPEED_FILE, None)
+        if DEEPSPEED_FILE in variables or variables.get(ZERO_STAGE, "").isdecimal():
+            return asked, engine_facts(variables).zero_stage
+    if asked != "ddp":
+        return asked, launch.zero_stage
+    with suppress(
+        UserError
+    ):  # who trains or checks has read its file before; who reads a run's data may lack it
+        launch = launch_here(launch).settings if launch.config is not None else launch
+    return launch.engine, launch.zero_stage
 
 
 def require_engine() -> None:
@@ -59,10 +71,7 @@ def require_engine() -> None:
             "configuration, or launch.engine: fsdp in the recipe."
         )
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 and asked == "fsdp":
-        raise UserError(
-            "launch.engine: fsdp shards a model over several processes, and there is one. Set launch.processes, or "
-            "leave the engine out."
-        )
+        raise UserError(ONE_PROCESS)
     if asked == "deepspeed" and not is_deepspeed_available():
         raise UserError(
             "launch.engine: deepspeed needs a package that is not installed: `pip install deepspeed`."

@@ -1,12 +1,16 @@
 """What `prefopt check` finds out about a run without loading weights."""
 
 import math
-from dataclasses import asdict, dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from prefopt_cli.errors import UserError
+from prefopt_cli.launch.resolving import ONE_PROCESS, ResolvedLaunch, launch_here
 from prefopt_cli.models.policy import describe_reference
 from prefopt_cli.models.quantising import require_quantisation
 from prefopt_cli.recipe.schema import Recipe
@@ -110,13 +114,16 @@ def inspect(
     Raises:
         UserError: what would stop `prefopt train`, with the same message.
     """
+    launch = launch_here(recipe.launch)
+    recipe = _with_launch(recipe, launch)
     run = RunFolder(Path(recipe.output_dir).expanduser())
-    notes = [*_output_notes(run), *_engine_notes(recipe)]
+    notes = [*_output_notes(run), *_engine_notes(launch)]
     require_sound(recipe.method, recipe_folder)
     prepared = prepare(recipe, reporter, runs)
     objective = find_objective(recipe.method, recipe_folder, prepared.ancestry)
     given = recipe.training
-    here: Device = "cuda" if torch.cuda.is_available() and not given.get("use_cpu") else "cpu"
+    on_cpu = given.get("use_cpu") or launch.on_cpu
+    here: Device = "cuda" if torch.cuda.is_available() and not on_cpu else "cpu"
     device = device or here
     if device == here:  # what another machine can do is not known here
         require_quantisation(recipe)
@@ -126,6 +133,8 @@ def inspect(
     )
     ahead = forecast(recipe, objective, prepared, device)
     gpus = budget.gpus if budget else None
+    if budget:
+        budget = _resolving(budget)
     memory = RecipeMemory(recipe, prepared, objective, ahead.layout, device, gpus)
     estimate = memory.estimate(recipe)
     processes = processes_of(recipe, gpus)
@@ -159,14 +168,32 @@ def _output_notes(run: RunFolder) -> list[str]:
     return []
 
 
-def _engine_notes(recipe: Recipe) -> list[str]:
-    """What the memory of shared models is not known to be."""
-    launch, notes = recipe.launch, []
-    if launch.config is not None:
-        notes.append(
-            f"launch.config ({launch.config}) is used as it is; the estimate knows only what the recipe itself says."
-        )
-    if launch.engine == "deepspeed":
+def _with_launch(recipe: Recipe, launch: ResolvedLaunch) -> Recipe:
+    return recipe.model_copy(update={"launch": launch.settings})
+
+
+def _resolving(budget: Budget) -> Budget:
+    """With a launch that is resolved in every changed recipe."""
+
+    def change(overrides: Sequence[str]) -> Recipe:
+        changed = budget.change(overrides)
+        return _with_launch(changed, launch_here(changed.launch))
+
+    return replace(budget, change=change)
+
+
+def _engine_notes(launch: ResolvedLaunch) -> list[str]:
+    """What the memory of shared models is not known to be.
+
+    Raises:
+        UserError: the engine shards, and there is one process for certain.
+    """
+    settings, notes = launch.settings, []
+    if settings.engine == "fsdp" and launch.one_process and "WORLD_SIZE" not in os.environ:
+        raise UserError(ONE_PROCESS)
+    if launch.besides:
+        notes.append(f"launch.config asks for {', '.join(launch.besides)}, which the estimate leaves out.")
+    if settings.engine == "deepspeed":
         notes.append(
             "The memory of DeepSpeed is reckoned with its default buckets, and has not been measured."
         )

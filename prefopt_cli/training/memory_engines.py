@@ -11,15 +11,14 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from prefopt_cli.recipe.launch_settings import Engine
 from prefopt_cli.recipe.schema import QuantizationSettings, Recipe
 from prefopt_cli.training.memory_log import AllocationLog
 from prefopt_cli.training.memory_units import ModelBytes, model_bytes, shard_share
-
-Engine = Literal["ddp", "fsdp", "deepspeed"]
 
 BUCKET_NUMBERS = 500_000_000
 """Numbers in DeepSpeed's buffer for gradients on their way (reduce_bucket_size)."""
@@ -42,6 +41,7 @@ class Sharing:
     processes: int = 1
     """On all machines together."""
     zero_stage: int = 2
+    """0, which only a file of DeepSpeed's can say, shards nothing."""
     reshard_after_forward: bool = True
     cpu_offload: bool = False
     sync_each_batch: bool = False
@@ -66,7 +66,10 @@ ALONE = Sharing()
 
 
 def sharing_of(recipe: Recipe, gpus: int | None = None) -> Sharing:
-    """How the processes of a recipe's run share its model; for `gpus` see `processes_of`."""
+    """How the processes of a recipe's run share its model; for `gpus` see `processes_of`.
+
+    Its launch is taken at its word: of one with a `config`, what `launch_here` makes of it is to be given.
+    """
     launch = recipe.launch
     accumulation = recipe.training.get("accelerator_config")
     kwargs = accumulation.get("gradient_accumulation_kwargs") if isinstance(accumulation, dict) else None
@@ -239,13 +242,14 @@ def _deepspeed(shared: _Shared) -> Holding:
         shared.stored * sizes.computed_weights / sizes.plain_weights * (shared.part if stage == 3 else 1)
     )
     gradients = shared.computed * (shared.trained_part if stage >= 2 else 1)
+    optimized = shared.trained_part if stage >= 1 else 1.0
     master = MASTER_BYTES * sizes.trained_numbers
     whole = min(sizes.computed_weights, LIVE_NUMBERS * item) if stage == 3 else 0
     return Holding(
         shares={"weights": weights, "frozen policy": weights, "gradients": gradients, **shared.casts},
         accumulated=gradients,
-        optimizer=round((shared.states + master) * shared.trained_part),
-        steps_on=shared.trained_part,
+        optimizer=round((shared.states + master) * optimized),
+        steps_on=optimized,
         constant={COMMUNICATION: BUCKET_NUMBERS * item},
         passing={GATHERED: whole},
         backward={},

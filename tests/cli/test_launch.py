@@ -26,6 +26,14 @@ def test_the_command_and_its_environment(prefopt: Prefopt, recipe: Path, spellin
     assert command.endswith(f"-m prefopt_cli train {recipe} launch.processes=2 launch.engine=fsdp")
 
 
+def test_print_is_an_option_of_none_of_the_commands(prefopt: Prefopt, recipe: Path) -> None:
+    for command in ("slurm", "skypilot"):
+        result = prefopt("launch", command, "--print", str(recipe))
+        assert result.code == 2
+        assert "--print" in result.err
+        assert "does not exist" not in result.err
+
+
 def test_as_json(prefopt: Prefopt, recipe: Path) -> None:
     found = json.loads(prefopt("launch", str(recipe), "--print", "launch.processes=2", "--json").out)
     assert found["processes"] == 2
@@ -53,6 +61,23 @@ def test_mistakes_are_told_before_anything_starts(prefopt: Prefopt, recipe: Path
         result = prefopt(*command, str(recipe), "launch.processes=2", "launch.config=none.yaml")
         assert result.code == 2
         assert "launch.config: there is no file none.yaml." in result.err
+
+
+@pytest.mark.parametrize("command", [("train",), ("launch", "print")])
+def test_several_machines_that_do_not_know_where_to_meet_start_nothing(
+    command: tuple[str, ...], prefopt: Prefopt, recipe: Path
+) -> None:
+    result = prefopt(*command, str(recipe), "launch.machines=2", "model.name_or_path=none/such")
+    assert result.code == 2
+    assert "add launch.rendezvous: HOST:PORT of machine 0" in result.err
+    assert not (recipe.parent / "run").exists()
+
+
+def test_machines_without_a_place_to_meet_are_no_fault_of_the_recipe(prefopt: Prefopt, recipe: Path) -> None:
+    checked = prefopt("check", str(recipe), "launch.machines=2", "--pairs", "1")
+    assert checked.code == 0, checked.err
+    examined = prefopt("doctor", str(recipe), "launch.machines=2", "--quick")
+    assert "is sound" in examined.out
 
 
 def test_the_launcher_stays_light() -> None:
@@ -177,3 +202,16 @@ def test_variables_of_a_launcher_are_judged_before_anything_is_loaded(
     result = prefopt("train", str(recipe), "model.name_or_path=none/such")
     assert result.code == 2
     assert result.err.startswith("prefopt: WORLD_SIZE is 'two' in the environment")
+
+
+def test_skypilot_asks_for_the_machines_of_a_configuration_file(
+    prefopt: Prefopt, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    Path("accelerate.yaml").write_text(
+        "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nnum_machines: 2\nnum_processes: 4\n"
+        "machine_rank: 0\nmain_process_ip: 10.0.0.1\nmain_process_port: 29500\nuse_cpu: true\n"
+    )
+    asked = ("launch", "skypilot", recipe.name, "launch.config=accelerate.yaml")
+    assert "num_nodes: 2" in prefopt(*asked).out
+    assert "launch.machines=1" in prefopt(*asked, "--nodes", "1").out

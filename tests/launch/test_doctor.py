@@ -24,6 +24,7 @@ from prefopt_cli.launch.doctor.of_recipe import of_recipe
 from prefopt_cli.launch.doctor.rendezvous import rendezvous
 from prefopt_cli.recipe import load_recipe
 from tests.cli.conftest import Prefopt, prefopt  # noqa: F401  (a fixture)
+from tests.launch.test_resolving import FSDP, TWO_MACHINES
 from tests.training.conftest import LORA, RECIPE, Run, make_recipe, run  # noqa: F401  (fixtures)
 
 # --- sections in processes of their own
@@ -487,6 +488,36 @@ def test_models_of_the_hub_without_the_hub(judged: Judged, monkeypatch: pytest.M
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     (found,) = problems(judged("model.name_or_path=owner/model"))
     assert "HF_HUB_OFFLINE is set" in found
+
+
+def test_a_launch_that_would_be_refused(judged: Judged, tmp_path: Path) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(FSDP)
+    there = f"launch.config={path}"
+    for asked, words in (
+        (("launch.config=nope.yaml",), "launch.config: there is no file nope.yaml."),
+        (("launch.engine=fsdp",), "fsdp shards a model over several processes, and there is one."),
+        (("launch.engine=fsdp", "launch.processes=auto"), "fsdp shards a model over several processes"),
+        ((there, "launch.processes=1"), "fsdp shards a model over several processes"),
+        ((there, "launch.machine_rank=5"), "launch.machine_rank: expected less than"),
+        ((there, LORA, "quantization={bits: 4}"), "launch.config asks for fsdp, which takes weights apart"),
+    ):
+        (found,) = problems(judged(*asked))
+        assert words in found, asked
+
+
+def test_a_launch_in_a_file(judged: Judged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "accelerate.yaml"
+    path.write_text(FSDP)
+    found = judged(f"launch.config={path}")
+    assert problems(found) == []
+    assert found[f"launch.config {path} can be used: processes: 2, engine: fsdp"] == "ok"
+    path.write_text(TWO_MACHINES.replace("main_process_ip: 10.0.0.1\n", ""))
+    found = judged(f"launch.config={path}")
+    assert problems(found) == []
+    assert any("must know where to meet" in text for text, state in found.items() if state == "note")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert problems(judged("launch.engine=fsdp")) == []
 
 
 def test_machines_that_are_to_meet() -> None:

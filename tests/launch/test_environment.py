@@ -129,9 +129,57 @@ def test_machines_of_slurm() -> None:
     assert 20000 <= step.port < 30000
 
 
-def test_what_the_recipe_says_of_machines_counts() -> None:
-    said = LaunchSettings(machines=2, machine_rank=1, rendezvous="10.0.0.1:29500")
-    assert with_slurm(said, A_TASK_PER_NODE) is said
+@pytest.mark.parametrize("said", [{"machines": 2}, {"machines": 2, "machine_rank": 1}])
+def test_slurm_knows_where_the_machines_of_a_recipe_meet(said: dict[str, int]) -> None:
+    found = with_slurm(LaunchSettings(**said), A_TASK_PER_NODE)  # type: ignore[arg-type]
+    assert found == with_slurm(LaunchSettings(), A_TASK_PER_NODE)
+    assert (found.machines, found.machine_rank, str(found.rendezvous)[:6]) == (2, 1, "gpu09:")
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"machines": 2, "machine_rank": 1, "rendezvous": "10.0.0.1:29500"},
+        {"machines": 4, "machine_rank": 3, "rendezvous": "10.0.0.1:29500"},
+    ],
+)
+def test_what_the_recipe_says_of_machines_counts(said: dict[str, object]) -> None:
+    settings = LaunchSettings(**said)  # type: ignore[arg-type]
+    assert with_slurm(settings, A_TASK_PER_NODE) is settings
+
+
+def test_another_rank_than_slurms_needs_a_rendezvous_of_its_own() -> None:
+    settings = LaunchSettings(machines=2, machine_rank=1)
+    first = {**A_TASK_PER_NODE, "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
+    assert with_slurm(settings, first) is settings
+
+
+ALONE = {
+    **A_TASK_PER_NODE,
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_NODEID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("environment", "machines", "nodes"),
+    [(A_TASK_PER_NODE, 3, "2 nodes"), (ALONE, 2, "1 node")],
+)
+def test_other_machines_than_slurms_are_refused(
+    environment: dict[str, str], machines: int, nodes: str
+) -> None:
+    with pytest.raises(UserError) as raised:
+        with_slurm(LaunchSettings(machines=machines), environment)
+    assert str(raised.value).startswith(f"launch.machines: {machines}, but srun started a task on {nodes}.")
+    assert f"srun --nodes={machines} --ntasks-per-node=1" in str(raised.value)
+
+
+@pytest.mark.parametrize("environment", [{}, BATCH])
+def test_without_a_step_nothing_is_known_of_the_machines(environment: dict[str, str]) -> None:
+    settings = LaunchSettings(machines=2)
+    assert with_slurm(settings, environment) is settings
 
 
 @pytest.mark.parametrize(

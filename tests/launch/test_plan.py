@@ -7,10 +7,21 @@ import pytest
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.launch import plan as planning
-from prefopt_cli.launch.plan import LaunchPlan, plan_launch
+from prefopt_cli.launch.addresses import INTERFACES, is_loopback, is_own_address
+from prefopt_cli.launch.plan import LaunchPlan, as_machine, plan_launch
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 
 ARGUMENTS = ["train", "my recipe.yaml", "training.seed=1"]
+
+SLURM = {
+    "SLURM_PROCID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NODELIST": "gpu[1-2]",
+    "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+}
+"""Of the task on the second of two nodes."""
 
 
 def plan(environ: dict[str, str] | None = None, **settings: Any) -> LaunchPlan | None:
@@ -71,10 +82,56 @@ def test_machines_meet_where_the_recipe_says() -> None:
     words = " ".join(found.command)
     assert "--nnodes 3 --node-rank 1 --nproc-per-node 2 --master-addr 127.0.0.1 --master-port 29555" in words
     assert "--rdzv-backend static --rdzv-conf timeout=90" in words
-    # gloo would otherwise take the address that the machine's name resolves to.
-    assert found.environment["GLOO_SOCKET_IFNAME"] == "lo"
-    given = made({"GLOO_SOCKET_IFNAME": "ib0"}, machines=2, rendezvous="127.0.0.1:29555")
+
+
+def names(plan: LaunchPlan) -> set[str]:
+    return set(INTERFACES) & set(plan.environment)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_several_machines_never_meet_by_loopback(rank: int) -> None:
+    """Machine 0's name may resolve to it on machine 0; once the machines have met, each knows its own address."""
+    found = made(machines=2, machine_rank=rank, rendezvous="127.0.0.1:29555")
+    assert (names(found), found.interface_open) == (set(), True)
+    repaired = as_machine(found, "127.0.0.1")
+    assert repaired.environment["GLOO_SOCKET_IFNAME"] == "lo"
+    assert not repaired.interface_open
+
+
+@pytest.mark.parametrize(
+    ("rank", "own", "environ", "known"),
+    [
+        (0, True, {}, True),
+        (0, False, {}, False),  # it is printed for machine 0 elsewhere
+        (1, True, {}, False),
+        (1, False, {}, False),
+        (1, False, SLURM, True),
+        (0, False, SLURM, False),
+    ],
+)
+def test_an_interface_is_named_only_of_the_machine_that_is_meant(
+    rank: int, own: bool, environ: dict[str, str], known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gloo would otherwise take the address that the machine's name resolves to."""
+    monkeypatch.setattr(planning, "own_address_towards", lambda *_: "10.9.8.7")
+    monkeypatch.setattr(planning, "is_own_address", lambda *_: own)
+    monkeypatch.setattr(planning, "interface_variables", lambda _: dict.fromkeys(INTERFACES, "eth7"))
+    asked = {"machines": 2, "machine_rank": rank, "rendezvous": "10.9.8.1:29555"}
+    found = made(environ, **asked)
+    assert names(found) == (set(INTERFACES) if known else set())
+    assert found.interface_open is not known
+    given = made({**environ, "GLOO_SOCKET_IFNAME": "ib0"}, **asked)
     assert "GLOO_SOCKET_IFNAME" not in given.environment
+
+
+def test_own_addresses() -> None:
+    assert is_own_address("127.0.0.1", 29500)
+    assert not is_own_address("no-such-host.invalid", 29500)
+    assert not is_own_address("192.0.2.1", 29500)
+    for address in ("127.0.1.1", "::1", "::ffff:127.0.0.1"):
+        assert is_loopback(address)
+    for another in ("10.0.0.1", "fe80::1%eth0", None):
+        assert not is_loopback(another)
 
 
 def test_fsdp() -> None:
@@ -103,6 +160,9 @@ def test_deepspeed(tmp_path: Path) -> None:
 
 def test_an_engine_is_launched_for_one_process_too() -> None:
     assert made(engine="deepspeed").processes == 1
+    for processes in (1, "auto"):
+        with pytest.raises(UserError, match="shards a model over several processes, and there is one"):
+            plan(engine="fsdp", processes=processes)
 
 
 def test_a_config_that_is_not_there(tmp_path: Path) -> None:

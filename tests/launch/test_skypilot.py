@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 from collections.abc import Callable
 from importlib import metadata
@@ -13,7 +14,7 @@ import yaml
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.launch import batch_script, installation
-from prefopt_cli.launch.skypilot import SkyOptions, skypilot_task
+from prefopt_cli.launch.skypilot import SkyOptions, notes, skypilot_task, start_command
 from prefopt_cli.recipe import load_recipe
 from prefopt_cli.recipe.schema import Recipe
 from tests.cli.conftest import (
@@ -80,7 +81,8 @@ def test_what_is_asked_of_the_cloud(task: Task) -> None:
         cloud="gcp/us-central1",
         spot=True,
         disk_size=500,
-        mounts=["/runs=s3://bucket", "~/data=/home/me/data"],
+        mounts=["/sets/=s3://bucket", "~/data=/home/me/data/"],
+        volumes=["/runs=my-volume"],
     )
     assert found["name"] == "my-recipe"
     assert found["num_nodes"] == 2
@@ -92,8 +94,33 @@ def test_what_is_asked_of_the_cloud(task: Task) -> None:
         "disk_size": 500,
     }
     mounts = found["file_mounts"]
-    assert mounts["/runs"] == {"source": "s3://bucket", "mode": "MOUNT"}
+    assert mounts["/sets"] == {"source": "s3://bucket", "mode": "MOUNT"}
     assert mounts["~/data"] == "/home/me/data"
+    assert found["volumes"] == {"/runs": "my-volume"}
+
+
+@pytest.mark.parametrize(
+    ("output_dir", "place"),
+    [("/runs/mine", "/runs"), ("~/runs/mine", "~/runs"), ("runs/mine", "~/sky_workdir/runs")],
+)
+def test_the_bucket_that_holds_the_run_can_be_appended_to(task: Task, output_dir: str, place: str) -> None:
+    found = task(f"output_dir={output_dir}", mounts=[f"{place}=s3://mine", "/data=gs://rows"])["file_mounts"]
+    assert found[place]["mode"] == "MOUNT_CACHED"
+    assert found[place]["config"] == {"mount_cached": {"transfers": 1}}
+    assert found["/data"]["mode"] == "MOUNT"
+
+
+def test_several_machines_cannot_share_a_bucket(task: Task) -> None:
+    with pytest.raises(UserError, match="--volume /runs=NAME"):
+        task(nodes=2, mounts=["/runs=s3://bucket"])
+    deeper = task("output_dir=/runs/v/a", nodes=2, mounts=["/runs=s3://bucket"], volumes=["/runs/v=mine"])
+    assert deeper["file_mounts"]["/runs"]["mode"] == "MOUNT"
+
+
+@pytest.mark.parametrize("options", [{"mounts": ["/runs/mine=s3://bucket"]}, {"volumes": ["/runs/mine=v"]}])
+def test_a_mount_is_no_run_folder(task: Task, options: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="add output_dir=/runs/mine/NAME"):
+        task(**options)
 
 
 def test_one_machine(task: Task, folder: Path) -> None:
@@ -180,6 +207,8 @@ def test_a_source_folder_is_copied_unless_it_is_the_present_one(
     [
         ({"accelerators": "8 of them"}, "--accelerators: expected"),
         ({"mounts": ["bucket"]}, "--mount: expected"),
+        ({"volumes": ["~/runs=v"]}, "--volume: expected"),
+        ({"volumes": ["/runs=s3://v"]}, "--volume: expected"),
         ({"cloud": "a\nb"}, "--cloud: expected one line"),
     ],
 )
@@ -211,22 +240,82 @@ def test_the_command_writes_a_new_file(folder: Path, prefopt: Prefopt) -> None: 
 
 
 def test_several_machines_must_share_the_run_folder(folder: Path, prefopt: Prefopt) -> None:  # noqa: F811
-    several = prefopt("launch", "skypilot", "my recipe.yaml", "--nodes", "2")
-    assert "mount a bucket" in several.err
-    mounted = prefopt("launch", "skypilot", "my recipe.yaml", "--nodes", "2", "--mount", "/runs=s3://bucket")
-    assert mounted.err == ""
+    command = ("launch", "skypilot", "my recipe.yaml", "--nodes", "2")
+    several = prefopt(*command)
+    assert (several.code, "mount a volume" in several.err) == (0, True)
+    assert prefopt(*command, "--mount", "/runs=s3://bucket").code == 2
+    shared = prefopt(*command, "--volume", "/runs=mine")
+    assert (shared.code, shared.err) == (0, "")
+
+
+def test_how_it_is_started(folder: Path, prefopt: Prefopt) -> None:  # noqa: F811
+    for spot, command in (
+        ((), "sky launch --cluster my-recipe"),
+        (("--spot",), "sky jobs launch --name my-recipe"),
+    ):
+        told = prefopt(
+            *("launch", "skypilot", "my recipe.yaml", "--mount", "/runs=s3://b", *spot),
+            *("-o", "a task.yaml", "--overwrite"),
+        )
+        assert told.err == f"Wrote a task.yaml. Start it: {command} 'a task.yaml'\n"
+        head = (folder / "a task.yaml").read_text().split("name:")[0]
+        assert head.splitlines()[0].endswith(f": {command} FILE")
+        assert ("output_dir must outlive it" in head) == bool(spot)
+
+
+def test_the_page_says_the_same() -> None:
+    page = (Path(__file__).parents[2] / "docs/cluster.md").read_text(encoding="utf-8")
+    for spot in (True, False):
+        assert f"`{start_command('my.yaml', SkyOptions(nodes=1, spot=spot), 'sky.yaml')}`" in page
+
+
+def test_what_is_on_a_spot_machine_is_gone_with_it(folder: Path) -> None:
+    recipe = load_recipe("my recipe.yaml")
+    (note,) = notes("my recipe.yaml", recipe, SkyOptions(nodes=1, spot=True))
+    assert "--mount /runs=s3://BUCKET" in note
+    assert not notes("my recipe.yaml", recipe, SkyOptions(nodes=1, spot=True, mounts=["/runs=s3://b"]))
+    (note,) = notes("my recipe.yaml", recipe, SkyOptions(nodes=1, spot=True, mounts=["/runs=./runs"]))
+    assert "own disks" in note
+
+
+def test_the_setup_examines_what_will_run(task: Task) -> None:
+    override = "dataset.train={source: 'sandbox:helpful'}"
+    assert (
+        f"prefopt doctor --quick 'my recipe.yaml' {shlex.quote(override)} || true" in task(override)["setup"]
+    )
 
 
 def test_skypilot_reads_it(task: Task, folder: Path) -> None:
     """SkyPilot's own reader and its own schema, where it is installed."""
     sky = pytest.importorskip("sky", reason="SkyPilot is not installed (pip install skypilot)")
-    task("method.beta=0.3", nodes=2, accelerators="H100:8", cloud="aws", spot=True, disk_size=200)
+    mounts = ["/sets=/etc/hostname"]  # looking at a bucket takes a cloud's credentials
+    task(
+        "method.beta=0.3",
+        nodes=2,
+        accelerators="H100:8",
+        cloud="aws",
+        spot=True,
+        disk_size=200,
+        mounts=mounts,
+    )
     found = sky.Task.from_yaml(str(folder / "task.yaml"))
     assert found.num_nodes == 2
     (resources,) = found.resources
     assert resources.accelerators == {"H100": 8}
     assert resources.use_spot
     assert "prefopt train" in found.run
+    task(nodes=2, volumes=["/runs=mine"])
+    assert sky.Task.from_yaml(str(folder / "task.yaml")).volumes == {"/runs": "mine"}
+
+
+def test_skypilot_knows_what_is_said_of_buckets(task: Task) -> None:
+    """By its schema: to make the objects themselves takes a cloud's credentials."""
+    why = "SkyPilot is not installed (pip install skypilot)"
+    schemas = pytest.importorskip("sky.utils.schemas", reason=why)
+    common_utils = pytest.importorskip("sky.utils.common_utils", reason=why)
+    found = task(mounts=["/runs=s3://mine", "/data=gs://rows"])["file_mounts"]
+    for place in ("/runs", "/data"):
+        common_utils.validate_schema(found[place], schemas.get_storage_schema(), "")
 
 
 @pytest.mark.parametrize("written", ["~/my runs/one", "~"])

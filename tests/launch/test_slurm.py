@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.launch.slurm import SlurmOptions, slurm_script, time_limit
+from prefopt_cli.launch.batch_script import training
+from prefopt_cli.launch.slurm import slurm_script
+from prefopt_cli.launch.slurm_options import SlurmOptions, time_limit, with_defaults
 from prefopt_cli.recipe import load_recipe
 from tests.cli.conftest import (
     Prefopt,
@@ -132,11 +134,66 @@ def test_directives(script: Script) -> None:
     assert "--cpus-per-task=16" in text.partition("srun")[2], "which srun does not take over by itself"
 
 
-def test_a_container_sees_the_folder(script: Script) -> None:
-    text = script(container="lab/image:1").read_text()
-    assert "--container-image=lab/image:1" in text
-    assert "container-workdir=" in text
-    assert "export PATH=" not in text, "the programs are the image's"
+@pytest.mark.parametrize(
+    ("directive", "line"),
+    [
+        ("comment=my run # x", '--comment="my run # x"'),
+        ("comment=it's", '--comment="it\'s"'),
+        ('comment=a "b" \\ c', '--comment="a \\"b\\" \\\\ c"'),
+        ("constraint=[a100*2&ib]", '--constraint="[a100*2&ib]"'),
+        ("gres=gpu:a100:4,tmp:10G", "--gres=gpu:a100:4,tmp:10G"),
+        ("output=logs/%x-%j.log", "--output=logs/%x-%j.log"),
+    ],
+)
+def test_directives_are_quoted_as_sbatch_reads_them(script: Script, directive: str, line: str) -> None:
+    """A # begins a comment there, a space ends the value."""
+    assert f"#SBATCH {line}\n" in script(directives=[directive]).read_text()
+
+
+def completed(recipe: Path, *overrides: str, **options: object) -> tuple[SlurmOptions, str | None]:
+    work = training(str(recipe), overrides, load_recipe(recipe, overrides))
+    return with_defaults(SlurmOptions(**{"nodes": 1, **options}), work)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "cores", "memory", "told"),
+    [
+        (
+            {"gpus_per_node": "a100:8"},
+            64,
+            "320G",
+            "64 cores (8 for each GPU; --cpus-per-task) and 320G of memory",
+        ),
+        ({"gpus_per_node": "1"}, 8, "40G", "40G of memory (40G for each GPU; --mem)"),
+        ({"gpus_per_node": "8", "directives": ["exclusive"]}, 64, "0", "all its memory (--mem)"),
+        ({"gpus_per_node": "8", "cpus_per_task": 32}, 32, "320G", "node: 320G of memory"),
+        ({"gpus_per_node": "8", "mem": "1T"}, 64, "1T", "node: 64 cores (8 for each GPU; --cpus-per-task)."),
+        ({"gpus_per_node": "8", "directives": ["mem-per-gpu=60G"]}, 64, None, "node: 64 cores"),
+        ({"gpus_per_node": "8", "directives": ["cpus-per-gpu=12"]}, None, "320G", "node: 320G"),
+        ({"gpus_per_node": "0"}, 3, None, "3 cores (one for each process; --cpus-per-task) and what memory"),
+    ],
+)
+def test_cores_and_memory_of_which_nothing_is_said(
+    recipe: Callable[..., Path], options: dict[str, object], cores: int | None, memory: str | None, told: str
+) -> None:
+    """By itself Slurm gives a task one core, and the memory for it."""
+    found, line = completed(recipe(), "launch.processes=3", **options)
+    assert (found.cpus_per_task, found.mem) == (cores, memory)
+    assert line is not None
+    assert line.startswith("Assumed for each node: ")
+    assert told in line
+
+
+def test_nothing_is_assumed_where_all_is_said(recipe: Callable[..., Path]) -> None:
+    said = {"gpus_per_node": "8", "cpus_per_task": 96, "mem": "0"}
+    assert completed(recipe(), **said) == (SlurmOptions(nodes=1, **said), None)  # type: ignore[arg-type]
+
+
+def test_several_nodes_may_be_wanted_whole(recipe: Callable[..., Path]) -> None:
+    path = recipe()
+    assert "--sbatch exclusive" in str(completed(path, nodes=2, gpus_per_node="8")[1])
+    assert "exclusive" not in str(completed(path, nodes=1, gpus_per_node="8")[1])
+    assert "whole nodes" not in str(completed(path, nodes=2, gpus_per_node="8", directives=["exclusive"])[1])
 
 
 @pytest.mark.parametrize(
@@ -169,6 +226,10 @@ def test_the_warning_comes_early_enough_of_short_limits(script: Script) -> None:
         ({"account": "a b"}, "without spaces"),
         ({"directives": ["--qos=high"]}, "without its dashes"),
         ({"setup": ["module load cuda\nrm x"]}, "--setup: expected one line"),
+        ({"directives": ["array=0-3"]}, "would write the same run folder. Write a script for each"),
+        ({"directives": ["arr=0-3"]}, "would write the same run folder"),
+        ({"directives": ["ntasks-per-node=8"]}, "the script itself sets ntasks-per-node"),
+        ({"directives": ["time=1:00:00"]}, "write --time without --sbatch"),
     ],
 )
 def test_what_slurm_does_not_understand(script: Script, options: dict[str, object], words: str) -> None:
@@ -261,6 +322,12 @@ def test_the_command_writes_a_new_file(recipe: Callable[..., Path], prefopt: Pre
     assert printed.code == 0
     assert printed.out.startswith("#!/bin/bash\n")
     assert "#SBATCH --gpus-per-node=1\n" in printed.out, "as many as launch.processes"
+    assert "#SBATCH --cpus-per-task=8\n#SBATCH --mem=40G\n" in printed.out
+    assert " --cpus-per-task=8 " in printed.out.partition("\nsrun")[2], (
+        "which srun does not take over by itself"
+    )
+    assert printed.err.count("\n") == 1
+    assert "Assumed for each node: 8 cores" in printed.err
     assert prefopt("launch", "slurm", path, "--time", "8:00:00", "-o", "job.sbatch").code == 0
     assert Path("job.sbatch").read_text() == printed.out
     refused = prefopt("launch", "slurm", path, "-o", "job.sbatch")
@@ -278,6 +345,90 @@ def test_the_number_of_gpus_must_be_known(recipe: Callable[..., Path], prefopt: 
     on_cpu = prefopt("launch", "slurm", path, "training.use_cpu=true")
     assert on_cpu.code == 0
     assert "gpus-per-node" not in on_cpu.out
+
+
+def test_nodes_are_the_recipes_machines(recipe: Callable[..., Path], prefopt: Prefopt) -> None:  # noqa: F811
+    """Where they meet is the script's to find out."""
+    printed = prefopt("launch", "slurm", str(recipe()), "launch.machines=2", "launch.processes=4")
+    assert printed.code == 0, printed.err
+    assert "#SBATCH --nodes=2\n" in printed.out
+    assert '"launch.rendezvous=${hosts[0]}:$port"' in printed.out
+
+
+def test_processes_may_stand_in_a_file_of_accelerates(
+    recipe: Callable[..., Path],
+    prefopt: Prefopt,  # noqa: F811
+) -> None:
+    path = str(recipe())
+    Path("accelerate.yaml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 4\n")
+    printed = prefopt("launch", "slurm", path, "launch.config=accelerate.yaml")
+    assert printed.code == 0, printed.err
+    assert "#SBATCH --gpus-per-node=4\n" in printed.out
+    assert "launch.processes=4" in printed.out
+
+
+def test_the_defaults_are_in_the_help(prefopt: Prefopt) -> None:  # noqa: F811
+    words = " ".join(prefopt("launch", "slurm", "--help").out.split())
+    assert "standard: 40G for each GPU" in words
+    assert "standard: 8 for each GPU" in words
+
+
+def test_a_container_is_asked_for_where_something_is_mounted(
+    recipe: Callable[..., Path],
+    prefopt: Prefopt,  # noqa: F811
+) -> None:
+    refused = prefopt("launch", "slurm", str(recipe()), "--container-mount", "/data")
+    assert refused.code == 2
+    assert "add --container IMAGE" in refused.err
+
+
+CHAIN = """\
+model: {{name_or_path: sandbox:base}}
+dataset: {{eval: {{helpful: sandbox:helpful, polite: sandbox:polite}}}}
+stages:
+  - {{dimension: helpful, dataset: {{train: sandbox:helpful}}}}
+  - {{dimension: polite, dataset: {{train: sandbox:polite}}, lambdas: 0.5{more}}}
+output_dir: runs/a chain
+"""
+
+
+@pytest.fixture
+def chain(recipe: Callable[..., Path]) -> Callable[..., str]:
+    """A chain in the present folder, with more in its second stage."""
+
+    def write(more: str = "") -> str:
+        recipe()
+        Path("chain.yaml").write_text(CHAIN.format(more=more))
+        return "chain.yaml"
+
+    return write
+
+
+def test_a_chain(chain: Callable[..., str], prefopt: Prefopt, tmp_path: Path) -> None:  # noqa: F811
+    """It goes on by itself where its folder holds its record, and only then is it worth another start."""
+    fake_slurm.write(tmp_path / "bin")
+    fake_slurm.write_program(tmp_path / "bin" / "prefopt", PREFOPT)
+    asking = ["launch", "slurm", chain(), "training.seed=3", "--gpus-per-node", "4", "-o", "job.sbatch"]
+    written = prefopt(*asking, "--setup", f"PATH={tmp_path}/bin:$PATH")
+    assert written.code == 0, written.err
+    assert "#SBATCH --job-name=chain\n" in Path("job.sbatch").read_text()
+    for begun in (False, True):
+        if begun:
+            Path("runs/a chain").mkdir(parents=True)
+            Path("runs/a chain/chain.json").write_text("{}")
+            (tmp_path / "bin" / "asked-0").unlink()
+        job = start(Path.cwd() / "job.sbatch", SECONDS_TO_RUN="60")
+        wait_for(tmp_path / "bin" / "asked-0")
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(30) == 143
+        assert asked(tmp_path) == ["chain", "chain.yaml", "training.seed=3", "launch.processes=4"]
+        assert ("scontrol requeue 4711" in fake_slurm.calls(tmp_path / "bin")) is begun
+
+
+def test_a_chain_whose_stage_has_a_launch_of_its_own(chain: Callable[..., str], prefopt: Prefopt) -> None:  # noqa: F811
+    refused = prefopt("launch", "slurm", chain(", launch: {processes: 1}"))
+    assert refused.code == 2
+    assert "stages.1.launch: the job's nodes and GPUs are set for all stages together" in refused.err
 
 
 def test_shellcheck_finds_nothing(script: Script) -> None:

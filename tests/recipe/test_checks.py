@@ -254,7 +254,6 @@ MACHINES = ["launch.machines=2", "launch.rendezvous=a:29500"]
             "launch.zero_stage",
             "is for engine: deepspeed, and the engine is fsdp",
         ),
-        (["launch.machines=2"], "launch.machines", "add rendezvous: HOST:PORT"),
         (
             [*MACHINES, "launch.machine_rank=2"],
             "launch.machine_rank",
@@ -273,6 +272,7 @@ def test_launches_that_cannot_work(refusal, sound, overrides, key, part):
     "overrides",
     [
         ["launch.processes=auto"],
+        ["launch.machines=2"],  # Slurm or SkyPilot may know where they meet
         [*MACHINES, "launch.machine_rank=1", FSDP, "launch.reshard_after_forward=false"],
         ["launch.rendezvous='[fe80::1]:29500'", "launch.machines=2"],
         ["launch.config=accelerate.yaml", "launch.machine_rank=1"],  # the file may say how many there are

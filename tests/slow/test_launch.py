@@ -375,7 +375,7 @@ def test_a_configuration_of_accelerate(recipe: Path, tmp_path: Path) -> None:
         "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: 'no'\nnum_machines: 1\n"
         "num_processes: 2\nmachine_rank: 0\nuse_cpu: true\n"
     )
-    done = finish(recipe, "launch.processes=1", f"launch.config={config}")
+    done = finish(recipe, f"launch={{config: {config}}}")
     assert done.returncode == 0, done.stderr
     assert RunFolder(recipe.parent / "run").read_manifest()["processes"] == 2
 

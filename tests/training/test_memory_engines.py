@@ -1,5 +1,6 @@
 """What each of several processes holds: arithmetic by hand, and the ways in which engines must differ."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from prefopt_cli.models.quantised import weight_bytes
+from prefopt_cli.recipe.launch_settings import LaunchSettings
 from prefopt_cli.recipe.schema import QuantizationSettings
 from prefopt_cli.scoring.layout import Layout
+from prefopt_cli.training.engines import sharding_asked
 from prefopt_cli.training.memory import Forward, Sharing, estimate_memory
 from prefopt_cli.training.memory_engines import BUCKET_NUMBERS, hold
 from prefopt_cli.training.memory_units import model_bytes, shard_share
@@ -106,6 +109,36 @@ def test_zero_stages_shard_one_thing_more_each() -> None:
     assert {each["communication buckets"] for each in stages} == {4 * BUCKET_NUMBERS}
     assert "gathered weights" not in stages[1]
     assert stages[2]["gathered weights"] == 4 * numbers
+
+
+def test_zero_without_a_stage_shards_nothing() -> None:
+    """Which only a file of DeepSpeed's can ask for."""
+    model = on_meta(WIDE)
+    none, first = (
+        estimate(model, "none", sharing=shared("deepspeed", zero_stage=stage)).parts for stage in (0, 1)
+    )
+    assert none["optimizer"] == pytest.approx(4 * first["optimizer"], rel=0.001)
+    assert {name: none[name] for name in ("weights", "gradients")} == {
+        name: first[name] for name in ("weights", "gradients")
+    }
+
+
+def test_what_is_to_be_sharded_is_read_where_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"zero_optimization": {"stage": 3}}')
+    in_file = LaunchSettings(engine="deepspeed", config=str(path), processes=2)
+    assert sharding_asked(in_file) == ("deepspeed", 3)
+    assert sharding_asked(LaunchSettings(config=str(tmp_path / "gone.yaml"))) == ("ddp", 2)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as the launcher's processes see it
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    assert sharding_asked(in_file) == ("deepspeed", 3)
+    assert sharding_asked(LaunchSettings()) == ("deepspeed", 3)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    assert sharding_asked(LaunchSettings(zero_stage=1)) == ("deepspeed", 1)
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert sharding_asked(LaunchSettings(zero_stage=1)) == ("deepspeed", 3)
 
 
 def test_what_is_offloaded_is_on_the_host_on_a_gpu_only() -> None:

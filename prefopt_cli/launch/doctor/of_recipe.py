@@ -1,5 +1,7 @@
 """What one recipe needs of this machine: its model and data, its output folder, its processes, its rendezvous."""
 
+import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from importlib import metadata
@@ -13,9 +15,12 @@ from prefopt_cli.launch.doctor import hub
 from prefopt_cli.launch.doctor.checkpoints import checkpoint_bytes, shapes
 from prefopt_cli.launch.doctor.finding import Finding, gibibytes, note, ok, problem
 from prefopt_cli.launch.doctor.rendezvous import rendezvous
+from prefopt_cli.launch.resolving import NO_MEETING_PLACE, ONE_PROCESS, launch_here
 from prefopt_cli.models.policy import find_policy
 from prefopt_cli.recipe import load_recipe
-from prefopt_cli.recipe.schema import Recipe
+from prefopt_cli.recipe.launch_checks import cannot_be_sharded
+from prefopt_cli.recipe.launch_settings import LaunchSettings
+from prefopt_cli.recipe.schema import QuantizationSettings, Recipe
 from prefopt_cli.recipe.schemes import has_scheme
 from prefopt_cli.runs.folder import RunFolder
 
@@ -34,9 +39,48 @@ def of_recipe(path: str, overrides: Sequence[str]) -> Iterator[Finding]:
     yield from _data(recipe)
     yield from _output(recipe, place)
     yield from _reports(recipe)
-    yield from _processes(recipe)
-    if recipe.launch.rendezvous is not None and recipe.launch.machines > 1:
-        yield from rendezvous(recipe.launch.rendezvous, recipe.launch.machine_rank)
+    yield from _launch(path, recipe)
+
+
+def _launch(path: str, recipe: Recipe) -> Iterator[Finding]:
+    """Whether its processes can be started here."""
+    try:
+        launch = launch_here(recipe.launch)
+    except UserError as error:
+        yield problem(
+            str(error), f"put it right; prefopt launch print {shlex.quote(path)} shows what it comes to"
+        )
+        return
+    settings = launch.settings
+    if recipe.launch.config is not None and settings.config is None:
+        yield ok(f"launch.config {recipe.launch.config} can be used: {_described(settings)}")
+    if settings.engine == "deepspeed" != recipe.launch.engine:
+        yield _installed("launch.config: deepspeed", "deepspeed", "leave launch.config out")
+    yield from _sharding(recipe, settings)
+    yield from _processes(settings, on_cpu=bool(recipe.training.get("use_cpu")) or launch.on_cpu)
+    if settings.machines > 1 and settings.rendezvous is None:
+        yield note(
+            NO_MEETING_PLACE, "add it, unless Slurm or SkyPilot starts the machines and says where they meet"
+        )
+    elif settings.machines > 1:
+        yield from rendezvous(str(settings.rendezvous), settings.machine_rank)
+
+
+def _described(settings: LaunchSettings) -> str:
+    each = f"processes: {settings.processes}, engine: {settings.engine}"
+    return f"{each}, machines: {settings.machines}" if settings.machines > 1 else each
+
+
+def _sharding(recipe: Recipe, settings: LaunchSettings) -> Iterator[Finding]:
+    """Whether the engine that launch.config asks for can take apart what the recipe quantises."""
+    if recipe.launch.config is None or not isinstance(recipe.quantization, QuantizationSettings):
+        return
+    if cannot_be_sharded(recipe.quantization, settings.engine, settings.zero_stage):
+        yield problem(
+            f"launch.config asks for {settings.engine}, which takes weights apart, and those of "
+            f"{recipe.quantization.bits} bits do not bear it",
+            "leave launch.config out, or quantization",
+        )
 
 
 def _model(recipe: Recipe) -> tuple[Path | None, Finding]:
@@ -131,23 +175,27 @@ def _output(recipe: Recipe, place: Path | None) -> Iterator[Finding]:
 def _reports(recipe: Recipe) -> Iterator[Finding]:
     asked = recipe.training.get("report_to") or []
     for name in [asked] if isinstance(asked, str) else asked:
-        package = PACKAGES.get(name, name)
-        if name in ("none", "all"):
-            continue
-        try:
-            yield ok(f"training.report_to: {name} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            yield problem(
-                f"training.report_to: {name} is not installed", f"pip install {package}, or report_to: none"
-            )
+        if name not in ("none", "all"):
+            yield _installed(f"training.report_to: {name}", PACKAGES.get(name, name), "report_to: none")
 
 
-def _processes(recipe: Recipe) -> Iterator[Finding]:
-    """Whether there is a GPU for each; without any, processes share the CPU."""
-    wanted, on_cpu = recipe.launch.processes, recipe.training.get("use_cpu")
+def _installed(asks: str, package: str, otherwise: str) -> Finding:
+    """Whether a package is there that a setting asks for."""
+    try:
+        return ok(f"{asks} {metadata.version(package)}")
+    except metadata.PackageNotFoundError:
+        return problem(f"{asks} is not installed", f"pip install {package}, or {otherwise}")
+
+
+def _processes(settings: LaunchSettings, *, on_cpu: bool) -> Iterator[Finding]:
+    """Whether there is a GPU for each; without any, processes share the CPU. And whether there are enough to shard."""
+    wanted = settings.processes
+    there = 0 if on_cpu or wanted == 1 else count_accelerators()
+    started = max(there, 1) if wanted == "auto" else wanted
+    if settings.engine == "fsdp" and started == settings.machines == 1 and "WORLD_SIZE" not in os.environ:
+        yield problem(ONE_PROCESS, "launch.processes=2 or more, or launch.engine=ddp")
     if on_cpu or wanted == 1:
         return
-    there = count_accelerators()
     if wanted == "auto":
         text = f"one for each of {there} GPUs" if there else "one, as there is no GPU"
         yield ok(f"launch.processes: auto starts {text}")

@@ -1,6 +1,7 @@
 """Fixtures that several rooms' tests use."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ os.environ["TQDM_DISABLE"] = "1"
 # Tiny tensors: a second thread costs more than it brings, above all when tests run side by side.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["GOMP_SPINCOUNT"] = "2000"  # as the command line sets it; the sandbox is built by two threads
+
+# Ignored in what a script starts in the background, and then in all that the tests start, whose Ctrl-C is tested.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Neither reads nor fills the user's own. The sandbox takes a minute or two to build, so it is kept between runs;
 # scores are not, or those of yesterday's code would hide a fault of today's.

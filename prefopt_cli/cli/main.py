@@ -30,7 +30,7 @@ from prefopt_cli.errors import PrefoptError
 from prefopt_cli.launch import worker
 from prefopt_cli.launch.connection import CONNECTION_LOST, is_connection_loss
 from prefopt_cli.launch.failures import Kind
-from prefopt_cli.launch.signals import interrupted_by, terminated_as_interrupted
+from prefopt_cli.launch.signals import INTERRUPTING, end_by_exit_code, interrupted_by, interruptible
 
 
 class _Interrupted(BaseException):
@@ -94,20 +94,22 @@ def main() -> None:
     """
     try:
         worker.begin()
-        with nullcontext() if worker.launched() else terminated_as_interrupted():
+        with nullcontext() if worker.launched() else interruptible():
             app()
     except PrefoptError as error:
         _fail(str(error), error.exit_code, "consequence" if is_connection_loss(error) else "error")
     except (KeyboardInterrupt, _Interrupted) as error:
         cause = error if isinstance(error, KeyboardInterrupt) else error.__cause__
         assert isinstance(cause, KeyboardInterrupt)
-        _fail("Interrupted.", SIGNAL_EXIT_BASE + interrupted_by(cause))
+        _interrupted(cause)
     except BrokenPipeError:
         # The reader of our output has gone (`| head`); Python must not complain about it at exit.
         worker.leave_failure("nobody reads its output any more.", 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
+        if INTERRUPTING.raised is not None:
+            _interrupted(INTERRUPTING.raised)  # what a library has made of it
         if is_connection_loss(error):
             _fail(CONNECTION_LOST, 1, "consequence")
         _fail(
@@ -115,6 +117,11 @@ def main() -> None:
             "Run the command again with --debug for the traceback, and report it.",
             1,
         )
+
+
+def _interrupted(error: KeyboardInterrupt) -> NoReturn:
+    end_by_exit_code()
+    _fail("Interrupted.", SIGNAL_EXIT_BASE + interrupted_by(error))
 
 
 def _fail(message: str, exit_code: int, kind: Kind = "error") -> NoReturn:

@@ -1,13 +1,20 @@
-"""SIGTERM where nothing obeys it gently: it interrupts, as Ctrl-C does, so that what was begun is tidied up."""
+"""Signals where nothing obeys them gently: they interrupt, so that what was begun is tidied up."""
 
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from types import FrameType
-from typing import NoReturn
+
+LOOKS_EVERY = 0.02
+"""Seconds between two looks whether an import is over."""
+
+IMPORTS = "<frozen importlib._bootstrap>"
+"""The file that Python names for its import system."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -19,32 +26,90 @@ def interrupted_by(error: KeyboardInterrupt) -> signal.Signals:
     return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
 
 
-@contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """Within the block, which is the main thread's or changes nothing, SIGTERM interrupts.
+class Interrupting:
+    """A handler that interrupts the main thread, but waits while that imports a module.
 
-    One of several processes is left to end at once: it may be waiting for the others, where Python hears nothing.
+    Libraries turn what is raised while they are imported into errors of their own, or stay half imported for those who
+    tidy up. A second signal waits no longer.
+    """
+
+    def __init__(self) -> None:
+        self.raised: KeyboardInterrupt | None = None
+        """What this handler raised last."""
+        self._waits = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        """Interrupt.
+
+        Raises:
+            KeyboardInterrupt: the number is SIGINT's.
+            Terminated: it is SIGTERM's.
+        """
+        if _imports(frame) and not self._waits:
+            self._waits = True
+            threading.Thread(target=self._again_after_the_import, args=(number,), daemon=True).start()
+            return
+        self.raised = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+        raise self.raised
+
+    def _again_after_the_import(self, number: int) -> None:
+        main = threading.main_thread().ident or 0
+        while _imports(sys._current_frames().get(main)):
+            time.sleep(LOOKS_EVERY)
+        self._waits = False  # should the main thread be at its next import when it hears
+        signal.pthread_kill(main, number)  # a real signal, which ends what sleeps
+
+
+INTERRUPTING = Interrupting()
+"""Of this process."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within the block, which is the main thread's or changes nothing, SIGTERM interrupts as Ctrl-C does.
+
+    A signal that is ignored already stays so. One of several processes is left to end at once by SIGTERM: it may be
+    waiting for the others, where Python hears nothing.
 
     Raises:
-        Terminated: it came.
+        KeyboardInterrupt: Ctrl-C.
+        Terminated: SIGTERM.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        yield
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread only
         return
-    try:
-        before = signal.signal(signal.SIGTERM, _raise)
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    INTERRUPTING.raised = None
+    numbers = (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,)
+    heard = [
+        number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN
+    ]  # as `nohup` and `&` have it
+    before = {number: signal.signal(number, INTERRUPTING) for number in heard}
+    if alone:
         children_hear_sigterm()
-    except ValueError:  # Python delivers signals to the main thread only
-        yield
-        return
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _raise(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated
+def end_by_exit_code() -> None:
+    """Let the process end with its exit code after an interruption.
+
+    Python ends itself by SIGINT once a KeyboardInterrupt has come through code compiled from a string, as the methods
+    of data classes are, whoever caught it later; until the next such code has run.
+    """
+    exec("")
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported in this frame or above it."""
+    while frame is not None:
+        if frame.f_code.co_filename == IMPORTS:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @cache

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.launch.failures import Failure, Kind, write_failure
-from prefopt_cli.launch.signals import children_hear_sigterm
+from prefopt_cli.launch.signals import INTERRUPTING, children_hear_sigterm
 from prefopt_cli.launch.variables import AGENT, FOLDER
 
 STOP_FILE = "stop"
@@ -43,7 +43,7 @@ def begin() -> None:
         return
     signal.signal(signal.SIGTERM, _nothing)
     children_hear_sigterm()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, INTERRUPTING)
     threading.Thread(target=_watch, args=(os.environ[AGENT],), daemon=True).start()
     if (launch_folder() / STOP_FILE).exists():
         raise KeyboardInterrupt

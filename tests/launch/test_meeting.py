@@ -18,20 +18,7 @@ from prefopt_cli.launch.failures import Failure
 from prefopt_cli.launch.meeting import Identity, Meeting, Place
 from prefopt_cli.launch.meeting_guest import Guest
 from prefopt_cli.launch.meeting_hub import Hub
-
-
-def free_ports() -> int:
-    """The first of two ports in a row that nobody uses."""
-    while True:
-        with socket.socket() as first:
-            first.bind(("127.0.0.1", 0))
-            port: int = first.getsockname()[1]
-            with socket.socket() as second:
-                try:
-                    second.bind(("127.0.0.1", port + 1))
-                except (OSError, OverflowError):
-                    continue
-        return port
+from tests.ports import free_ports
 
 
 @pytest.fixture
@@ -107,7 +94,7 @@ def test_a_machine_that_goes_without_a_word(meet: Any, gone: int) -> None:
 
 
 def test_a_machine_that_falls_silent(meet: Any) -> None:
-    hub, _ = (each.result() for each in meet(2, timeout=1.5))
+    hub, _ = (each.result() for each in meet(2, timeout=2.4))
     heard = beats(hub, lambda: bool(hub.endings))
     assert heard[0].failure is not None
     assert "silent for 2 s" in heard[0].failure.message

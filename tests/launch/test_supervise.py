@@ -21,7 +21,7 @@ from prefopt_cli.launch.processes import Processes
 from prefopt_cli.launch.supervise import Ended, supervise
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 from tests.cli.conftest import environment
-from tests.launch.test_meeting import free_ports
+from tests.ports import free_ports
 
 
 def planned(**settings: Any) -> LaunchPlan:
@@ -156,10 +156,8 @@ from pathlib import Path
 from prefopt_cli.cli import main
 from prefopt_cli.launch.meeting import Identity, Place
 from prefopt_cli.launch.meeting_hub import Hub
-from prefopt_cli.launch.supervise import supervise
-from prefopt_cli.launch.meeting import Identity, Place
-from prefopt_cli.launch.meeting_guest import Guest
 from prefopt_cli.launch.plan import LaunchPlan
+from prefopt_cli.launch.supervise import supervise
 
 def gather(*_, **__):
     plan = LaunchPlan(("train", "x.yaml"), {}, processes=2, machines=2)

@@ -20,6 +20,7 @@ from prefopt_cli.recipe import load_recipe
 from prefopt_cli.runs import metrics
 from tests.cli.conftest import environment
 from tests.launch import fake_slurm
+from tests.ports import free_ports
 from tests.training.conftest import RECIPE
 
 pytestmark = pytest.mark.slow
@@ -34,19 +35,6 @@ def recipe(tiny_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text(RECIPE.format(world=tiny_world, out="run"))
     return "my.yaml"
-
-
-def free_pair() -> int:
-    """A port that is free, and so is the next one."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return int(port)
 
 
 def require_one_run(steps: int) -> None:
@@ -69,7 +57,7 @@ def test_slurms_tasks_train_together(recipe: str, tmp_path: Path) -> None:
     fake_slurm.write(tmp_path / "bin")
     options = SlurmOptions(nodes=2, gpus_per_node="0", setup=[f"PATH={tmp_path}/bin:$PATH"])
     Path("job.sbatch").write_text(slurm_script(recipe, MORE, load_recipe(recipe, MORE), options))
-    job = free_pair() // 2  # of which the script makes its port
+    job = free_ports() // 2  # of which the script makes its port
     done = subprocess.run(
         ["bash", "job.sbatch"],
         env={**python_first(), **fake_slurm.variables(2, job)},
@@ -86,7 +74,7 @@ def test_skypilots_machines_train_together(recipe: str) -> None:
     options = SkyOptions(nodes=2)
     task = yaml.safe_load(skypilot_task(recipe, MORE, load_recipe(recipe, MORE), options))
     script = (
-        task["run"].replace(":29500", f":{free_pair()}").replace(". ~/prefopt-environment/bin/activate", "")
+        task["run"].replace(":29500", f":{free_ports()}").replace(". ~/prefopt-environment/bin/activate", "")
     )
     machines = []
     for rank in range(2):
@@ -146,9 +134,9 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     for name in ("state", "spool-127.0.0.1", "spool-127.0.0.2"):
         (folder / name).mkdir(parents=True)
-    ports = {name: free_pair() for name in ("control", "first", "second")}
+    ports = {name: free_ports() for name in ("control", "first", "second")}
     file = folder / "slurm.conf"
-    host, job = socket.gethostname().partition(".")[0], free_pair() // 2  # the script's ports come of it
+    host, job = socket.gethostname().partition(".")[0], free_ports() // 2  # the script's ports come of it
     file.write_text(CONFIGURATION.format(host=host, job=job, folder=folder, **ports))
     monkeypatch.setenv("SLURM_CONF", str(file))
     commands = [["slurmctld", "-D"], ["slurmd", "-D", "-N", "127.0.0.1"], ["slurmd", "-D", "-N", "127.0.0.2"]]

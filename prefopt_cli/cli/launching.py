@@ -54,6 +54,9 @@ def in_processes(job: Job, *, debug: bool) -> None:
         typer.Exit: they are done, or a signal stopped them.
     """
     if started_by() is not None:
+        from prefopt_cli.launch.resolving import adopt_engine
+
+        adopt_engine(job.settings)
         return
     from prefopt_cli.launch.plan import plan_launch
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from prefopt_cli.launch.deepspeed_file import read_deepspeed_file
 from prefopt_cli.recipe.launch_settings import Engine, LaunchSettings
@@ -72,6 +73,16 @@ def engine_facts(variables: Mapping[str, str]) -> EngineFacts:
             besides=tuple(besides),
         )
     return EngineFacts(engine, besides=tuple(besides))
+
+
+def facts_in_a_process(variables: Mapping[str, str]) -> EngineFacts | None:
+    """As `engine_facts`, in a process that a launcher started; None where that gives DeepSpeed's file by its content.
+
+    Raises:
+        UserError: as of `engine_facts`.
+    """
+    file = variables.get(DEEPSPEED_FILE, "none")
+    return engine_facts(variables) if file == "none" or Path(file).is_file() else None
 
 
 def _of_deepspeed(variables: Mapping[str, str], besides: list[str]) -> EngineFacts:

@@ -1,14 +1,21 @@
 """What the section `launch` comes to once its file is read: one answer for train, check and doctor."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prefopt_cli.errors import UserError
 from prefopt_cli.launch.accelerate_file import AccelerateFile, read_accelerate_file
-from prefopt_cli.launch.engine_variables import EngineFacts, chosen, engine_facts, engine_variables
+from prefopt_cli.launch.engine_variables import (
+    EngineFacts,
+    chosen,
+    engine_asked,
+    engine_facts,
+    engine_variables,
+    facts_in_a_process,
+)
 from prefopt_cli.launch.environment import started_by, with_slurm
 from prefopt_cli.recipe.launch_checks import OF_ENGINES
 from prefopt_cli.recipe.launch_settings import LaunchSettings, given
@@ -57,7 +64,44 @@ def resolve_launch(settings: LaunchSettings, environ: Mapping[str, str] = os.env
     Raises:
         UserError: the file is not there or cannot be used, or it contradicts the settings.
     """
-    settings = with_slurm(settings, environ)
+    return _with_file(with_slurm(settings, environ), environ)
+
+
+def launch_here(settings: LaunchSettings) -> ResolvedLaunch:
+    """As `resolve_launch`; where a launcher started this process, it alone says how many there are and where.
+
+    Raises:
+        UserError: as of `resolve_launch`.
+    """
+    return resolve_launch(settings) if started_by() is None else _with_file(settings, os.environ)
+
+
+def adopt_engine(settings: LaunchSettings, environ: MutableMapping[str, str] = os.environ) -> None:
+    """In a process of another launcher's that asks for no engine, as torchrun does not: ask for the recipe's.
+
+    Raises:
+        UserError: as of `resolve_launch`, or the launcher asks for another engine or engine's setting than the recipe.
+    """
+    launcher = started_by(environ)
+    if launcher in (None, "prefopt"):
+        return
+    asked = engine_asked(environ)
+    if asked == "ddp":
+        found = _with_file(settings, environ)
+        said = {name: value for name, value in found.variables.items() if name not in environ}
+        environ.update({**said, **chosen(found.settings.engine)})
+        return
+    if "engine" in given(settings) and settings.engine != asked:
+        raise UserError(
+            f"launch.engine: {settings.engine}, but the environment in which {launcher} started this process asks for "
+            f"{asked}; leave the engine out of one of them."
+        )
+    facts = facts_in_a_process(environ)
+    if facts is not None:
+        _require_agreement(settings, facts, f"the environment of {launcher}")
+
+
+def _with_file(settings: LaunchSettings, environ: Mapping[str, str]) -> ResolvedLaunch:
     if settings.config is None:
         return ResolvedLaunch(settings, engine_variables(settings))
     path = Path(settings.config).expanduser()
@@ -68,15 +112,6 @@ def resolve_launch(settings: LaunchSettings, environ: Mapping[str, str] = os.env
     if path.suffix == ".json":
         return _with_deepspeed_file(settings, path, environ)
     return _with_accelerate_file(settings, path, environ)
-
-
-def launch_here(settings: LaunchSettings) -> ResolvedLaunch:
-    """As `resolve_launch`; the settings' own words where a launcher started this process, which reads none of theirs.
-
-    Raises:
-        UserError: as of `resolve_launch`.
-    """
-    return resolve_launch(settings) if started_by() is None else ResolvedLaunch(settings, {})
 
 
 def _with_deepspeed_file(settings: LaunchSettings, path: Path, environ: Mapping[str, str]) -> ResolvedLaunch:
@@ -129,7 +164,7 @@ def _resolved(
             f"launch.config: {path} asks for FSDP 1, which PyTorch has given up; set fsdp_version: 2 in it."
         )
     facts = engine_facts(environment)
-    _require_agreement(settings, facts, path)
+    _require_agreement(settings, facts, f"{path} (launch.config)")
     shared = {name: getattr(facts, name) for name in OF_ENGINES}
     merged = settings.model_copy(update={**update, **shared, "config": None})
     if merged.machine_rank >= merged.machines:
@@ -140,13 +175,13 @@ def _resolved(
     return ResolvedLaunch(merged, variables, facts.besides)
 
 
-def _require_agreement(settings: LaunchSettings, facts: EngineFacts, path: Path) -> None:
+def _require_agreement(settings: LaunchSettings, facts: EngineFacts, source: str) -> None:
     for name, engines in OF_ENGINES.items():
         value, found = getattr(settings, name), getattr(facts, name)
         if name in given(settings) and facts.engine in engines and value != found:
             raise UserError(
-                f"launch.{name}: {_words(value)}, but {path} (launch.config) comes to {_words(found)} and is used as "
-                "it is; say it there alone."
+                f"launch.{name}: {_words(value)}, but {source} comes to {_words(found)} and is used as it is; say it "
+                "there alone."
             )
 
 

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.launch.engine_variables import DEEPSPEED_FILE, ZERO_STAGE, engine_asked, engine_facts
+from prefopt_cli.launch.engine_variables import engine_asked, facts_in_a_process
 from prefopt_cli.launch.resolving import ONE_PROCESS, launch_here
 from prefopt_cli.models.adapters import is_stacked
 from prefopt_cli.recipe.launch_settings import Engine, LaunchSettings
@@ -39,16 +39,9 @@ def sharding_asked(launch: LaunchSettings) -> tuple[str, int]:
         UserError: DeepSpeed's file, which the environment names, cannot be used.
     """
     asked = engine()
-    if asked == "deepspeed":
-        variables = dict(os.environ)
-        if not os.path.isfile(
-            variables.get(DEEPSPEED_FILE, "")
-        ):  # a launcher may put its content there instead
-            variables.pop(DEEPSPEED_FILE, None)
-        if DEEPSPEED_FILE in variables or variables.get(ZERO_STAGE, "").isdecimal():
-            return asked, engine_facts(variables).zero_stage
     if asked != "ddp":
-        return asked, launch.zero_stage
+        facts = facts_in_a_process(os.environ)
+        return asked, launch.zero_stage if facts is None else facts.zero_stage
     with suppress(
         UserError
     ):  # who trains or checks has read its file before; who reads a run's data may lack it

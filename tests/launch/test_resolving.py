@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from prefopt_cli.errors import UserError
-from prefopt_cli.launch.engine_variables import engine_facts
+from prefopt_cli.launch.engine_variables import DEEPSPEED_FILE, EngineFacts, engine_asked, engine_facts
 from prefopt_cli.launch.plan import plan_launch
-from prefopt_cli.launch.resolving import ResolvedLaunch, resolve_launch
+from prefopt_cli.launch.resolving import ResolvedLaunch, adopt_engine, resolve_launch
 from prefopt_cli.recipe import dump_recipe, load_recipe
 from prefopt_cli.recipe.launch_settings import LaunchSettings
 from prefopt_cli.recipe.schema import Recipe
@@ -305,3 +305,67 @@ def test_variables_are_read_as_they_are_written() -> None:
     assert found is not None
     facts = engine_facts(found.environment)
     assert (facts.engine, facts.reshard_after_forward, facts.cpu_offload) == ("fsdp", False, False)
+
+
+# --- under other launchers
+
+TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+ACCELERATE = {**TORCHRUN, "ACCELERATE_MIXED_PRECISION": "no"}
+
+
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE, {**TORCHRUN, "ACCELERATE_USE_FSDP": "false"}])
+def test_the_recipes_engine_holds_under_a_launcher_that_asks_for_none(launcher: dict[str, str]) -> None:
+    environ = dict(launcher)
+    adopt_engine(LaunchSettings(engine="fsdp", cpu_offload=True, processes=4), environ)
+    assert engine_facts(environ) == EngineFacts("fsdp", cpu_offload=True)
+    assert environ["FSDP_VERSION"] == "2"
+    assert environ["WORLD_SIZE"] == "2"
+
+
+def test_so_does_that_of_its_file_but_for_what_the_launcher_says(two_machines: str, fsdp: str) -> None:
+    environ = dict(ACCELERATE)
+    adopt_engine(LaunchSettings(config=fsdp, machines=2), environ)
+    assert engine_asked(environ) == "fsdp"
+    assert environ["ACCELERATE_MIXED_PRECISION"] == "no"
+    environ = dict(TORCHRUN)
+    adopt_engine(LaunchSettings(config=two_machines), environ)
+    assert engine_asked(environ) == "ddp"
+
+
+@pytest.mark.parametrize("environ", [{}, {"PREFOPT_LAUNCH": "/tmp/x", **TORCHRUN}])
+def test_prefopts_own_processes_and_a_single_one_are_left_alone(environ: dict[str, str]) -> None:
+    before = dict(environ)
+    adopt_engine(LaunchSettings(engine="fsdp"), environ)
+    assert environ == before
+
+
+ZERO_3 = {**ACCELERATE, "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"engine": "fsdp"},
+            r"launch\.engine: fsdp, but .* accelerate started .* asks for deepspeed; leave",
+        ),
+        ({"engine": "ddp"}, r"launch\.engine: ddp, but .* asks for deepspeed"),
+        ({"zero_stage": 2}, r"launch\.zero_stage: 2, but the environment of accelerate comes to 3"),
+        (
+            {"cpu_offload": True},
+            r"launch\.cpu_offload: true, but the environment of accelerate comes to false",
+        ),
+    ],
+)
+def test_what_a_launcher_asks_for_is_not_contradicted(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        adopt_engine(LaunchSettings(**settings), dict(ZERO_3))
+
+
+def test_what_a_launcher_asks_for_is_obeyed(fsdp: str) -> None:
+    for settings in (LaunchSettings(), LaunchSettings(engine="deepspeed", zero_stage=3)):
+        environ = dict(ZERO_3)
+        adopt_engine(settings, environ)
+        assert environ == ZERO_3
+    by_content = {**ZERO_3, DEEPSPEED_FILE: "eyJ6ZXJvX29wdGltaXphdGlvbiI6IHsic3RhZ2UiOiAxfX0="}
+    adopt_engine(LaunchSettings(zero_stage=1), by_content)

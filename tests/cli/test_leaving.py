@@ -1,0 +1,68 @@
+"""The end of a process that has torch: quick, in order, and with the right code."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import environment
+
+LOADED = "import sys; sys.modules['torch'] = None"
+
+LEAVES = """\
+import atexit, os, sys, threading, time
+from prefopt_cli.cli.leaving import leave
+
+class Late:
+    def __del__(self, write=os.write):
+        write(1, b"taken apart\\n")
+
+late = Late()
+atexit.register(print, "at exit", flush=True)
+threading.Thread(target=lambda: (time.sleep(0.3), print("a thread", flush=True))).start()
+leave({code!r})
+"""
+
+PRINTS = "from prefopt_cli.cli.leaving import leave; print('done'); leave({code!r})"
+
+
+def left(program: str, **options: object) -> subprocess.CompletedProcess[str]:
+    """What came of it, and of what it printed, which Python wants to write at its end."""
+    buffered = {name: value for name, value in environment().items() if name != "PYTHONUNBUFFERED"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run([sys.executable, "-c", program], text=True, env=buffered, timeout=60, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+@pytest.mark.parametrize(("code", "status"), [(None, 0), (0, 0), (3, 3), ("words", 1)])
+def test_the_interpreter_is_not_taken_apart(code: object, status: int) -> None:
+    done = left(f"{LOADED}\n{LEAVES.format(code=code)}")
+    assert (done.returncode, done.stdout, done.stderr) == (status, "a thread\nat exit\n", "")
+
+
+def test_without_torch_it_is() -> None:
+    done = left(LEAVES.format(code=3))
+    assert (done.returncode, done.stdout, done.stderr) == (3, "a thread\nat exit\ntaken apart\n", "")
+
+
+@pytest.mark.parametrize(("code", "status"), [(0, 1), (130, 130)])
+def test_what_cannot_be_written_is_told(code: int, status: int) -> None:
+    with Path("/dev/full").open("w") as full:
+        done = left(f"{LOADED}\n{PRINTS.format(code=code)}", stdout=full)
+    assert done.returncode == status
+    assert done.stderr == "prefopt: standard output cannot be written: No space left on device.\n"
+
+
+def test_a_reader_that_has_gone_is_worth_no_words() -> None:
+    with subprocess.Popen(["true"], stdin=subprocess.PIPE) as reader:
+        reader.wait()
+        done = left(f"{LOADED}\n{PRINTS.format(code=0)}", stdout=reader.stdin)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_temporary_folders_of_libraries_go() -> None:
+    makes = "import tempfile; sys.made = tempfile.TemporaryDirectory(); print(sys.made.name)"
+    done = left(f"{LOADED}\n{makes}\n{PRINTS.format(code=0)}")
+    folder, printed = done.stdout.splitlines()
+    assert printed == "done"
+    assert not Path(folder).exists()

@@ -6,8 +6,8 @@ import sys
 def main() -> None:
     """Run it; see `prefopt_cli.cli.main.main`."""
     try:
-        from prefopt_cli.cli.leaving import leave
         from prefopt_cli.cli.main import main as run
+        from prefopt_cli.launch.leaving import leave
     except KeyboardInterrupt:
         sys.exit(_interrupted())
     try:

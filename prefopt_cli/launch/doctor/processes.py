@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from importlib import metadata
 
 from prefopt_cli.launch.doctor.finding import Finding, in_brief, note, ok
+from prefopt_cli.launch.leaving import leave
 
 PATIENCE = 40
 """Seconds for two processes to start and meet."""
@@ -143,3 +144,4 @@ def meet() -> None:
 
 if __name__ == "__main__":
     meet()
+    leave(0)

@@ -12,7 +12,7 @@ LOADED = "import sys; sys.modules['torch'] = None"
 
 LEAVES = """\
 import atexit, os, sys, threading, time
-from prefopt_cli.cli.leaving import leave
+from prefopt_cli.launch.leaving import leave
 
 class Late:
     def __del__(self, write=os.write):
@@ -24,7 +24,7 @@ threading.Thread(target=lambda: (time.sleep(0.3), print("a thread", flush=True))
 leave({code!r})
 """
 
-PRINTS = "from prefopt_cli.cli.leaving import leave; print('done'); leave({code!r})"
+PRINTS = "from prefopt_cli.launch.leaving import leave; print('done'); leave({code!r})"
 
 
 def left(program: str, **options: object) -> subprocess.CompletedProcess[str]:

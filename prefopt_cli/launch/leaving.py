@@ -28,7 +28,7 @@ def leave(code: object) -> NoReturn:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     status = code if isinstance(code, int) else int(code is not None)
-    # What Python itself does first, and in this order. tests/cli/test_leaving.py guards both names.
+    # What Python itself does first, and in this order. tests/launch/test_leaving.py guards both names.
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     try:

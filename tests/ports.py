@@ -9,13 +9,13 @@ from contextlib import ExitStack
 RANGE = range(10_000, 32_000)
 
 
-def free_ports(many: int = 2) -> int:
-    """The first of so many ports in a row that nobody uses."""
+def free_ports(among: range = RANGE) -> int:
+    """The first of two ports in a row that nobody uses."""
     while True:
-        first = random.SystemRandom().choice(RANGE)  # workers seed `random` alike
+        first = random.SystemRandom().choice(among)  # workers seed `random` alike
         with ExitStack() as opened:
             try:
-                for port in range(first, first + many):
+                for port in (first, first + 1):
                     opened.enter_context(socket.create_server(("", port)))
             except OSError:
                 continue

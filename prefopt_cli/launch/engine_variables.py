@@ -1,14 +1,17 @@
 """An engine with its settings, in the variables by which accelerate is told of it; and read back from them."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from prefopt_cli.launch.deepspeed_file import read_deepspeed_file
 from prefopt_cli.recipe.launch_settings import Engine, LaunchSettings
 
 USES: dict[Engine, str] = {"fsdp": "ACCELERATE_USE_FSDP", "deepspeed": "ACCELERATE_USE_DEEPSPEED"}
 """accelerate's variable that asks for an engine."""
+
+OF_AN_ENGINE = ("FSDP_", "ACCELERATE_DEEPSPEED_")
+"""How variables begin that say how an engine works."""
 
 DEEPSPEED_FILE = "ACCELERATE_DEEPSPEED_CONFIG_FILE"
 
@@ -82,7 +85,7 @@ def facts_in_a_process(variables: Mapping[str, str]) -> EngineFacts | None:
         UserError: as of `engine_facts`.
     """
     file = variables.get(DEEPSPEED_FILE, "none")
-    return engine_facts(variables) if file == "none" or Path(file).is_file() else None
+    return engine_facts(variables) if file == "none" or os.path.isfile(file) else None
 
 
 def _of_deepspeed(variables: Mapping[str, str], besides: list[str]) -> EngineFacts:

@@ -6,7 +6,11 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from typing import NoReturn
+
+from prefopt_cli.launch import worker
+from prefopt_cli.launch.signals import INTERRUPTING
 
 
 def leave(code: object) -> NoReturn:
@@ -24,18 +28,44 @@ def leave(code: object) -> NoReturn:
     """
     if "torch" not in sys.modules:
         raise SystemExit(code)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
     status = code if isinstance(code, int) else int(code is not None)
-    # What Python itself does first, and in this order. tests/launch/test_leaving.py guards both names.
-    threading._shutdown()  # type: ignore[attr-defined]
-    atexit._run_exitfuncs()
     try:
-        sys.stdout.flush()
+        if status != code and code is not None:
+            _tell(str(code))
+        status = _flushed(status)
+        _hear_no_more()
+        # What Python itself does first, and in this order. tests/launch/test_leaving.py guards both names.
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        status = _flushed(status)
+    finally:
+        os._exit(status)
+
+
+def _hear_no_more() -> None:
+    """The work is done: one of several processes ends in peace, another by the signal itself."""
+    INTERRUPTING.forget()
+    if worker.launched():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _flushed(status: int) -> int:
+    """The exit code once what was printed is written; 1 instead of 0 where it cannot be."""
+    try:
+        if sys.stdout is not None and not sys.stdout.closed:
+            sys.stdout.flush()
     except OSError as error:
         if error.errno != errno.EPIPE:  # the reader has gone, as that of `| head`
-            print(f"prefopt: standard output cannot be written: {error.strerror}.", file=sys.stderr)
-        status = status or 1
-    sys.stderr.flush()
-    os._exit(status)
+            _tell(f"prefopt: standard output cannot be written: {error.strerror}.")
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # once is enough
+        return status or 1
+    return status
+
+
+def _tell(message: str) -> None:
+    with suppress(OSError, ValueError):
+        print(message, file=sys.stderr, flush=True)

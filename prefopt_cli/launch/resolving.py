@@ -9,6 +9,7 @@ from typing import Any
 from prefopt_cli.errors import UserError
 from prefopt_cli.launch.accelerate_file import AccelerateFile, read_accelerate_file
 from prefopt_cli.launch.engine_variables import (
+    OF_AN_ENGINE,
     EngineFacts,
     chosen,
     engine_asked,
@@ -21,8 +22,8 @@ from prefopt_cli.recipe.launch_checks import OF_ENGINES
 from prefopt_cli.recipe.launch_settings import LaunchSettings, given
 
 ONE_PROCESS = (
-    "launch.engine: fsdp shards a model over several processes, and there is one. Set launch.processes, or leave the "
-    "engine out."
+    "launch.engine: fsdp shards a model over several processes, and there is one. Start several (launch.processes, or "
+    "the option of torchrun or accelerate), or leave the engine out."
 )
 
 NO_MEETING_PLACE = (
@@ -88,8 +89,11 @@ def adopt_engine(settings: LaunchSettings, environ: MutableMapping[str, str] = o
     asked = engine_asked(environ)
     if asked == "ddp":
         found = _with_file(settings, environ)
-        said = {name: value for name, value in found.variables.items() if name not in environ}
-        environ.update({**said, **chosen(found.settings.engine)})
+        for name, value in found.variables.items():
+            # The engine's own words go together; of the rest, such as devices, what the launcher says stays.
+            if name.startswith(OF_AN_ENGINE) or (name.startswith("ACCELERATE_") and name not in environ):
+                environ[name] = value
+        environ.update(chosen(found.settings.engine))
         return
     if "engine" in given(settings) and settings.engine != asked:
         raise UserError(

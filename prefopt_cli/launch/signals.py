@@ -36,7 +36,8 @@ class Interrupting:
     def __init__(self) -> None:
         self.raised: KeyboardInterrupt | None = None
         """What this handler raised last."""
-        self._waits = False
+        self._waiting: list[int] = []
+        """The signal that waits, at most one; whoever takes it out, deals with it."""
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Interrupt.
@@ -45,19 +46,24 @@ class Interrupting:
             KeyboardInterrupt: the number is SIGINT's.
             Terminated: it is SIGTERM's.
         """
-        if _imports(frame) and not self._waits:
-            self._waits = True
-            threading.Thread(target=self._again_after_the_import, args=(number,), daemon=True).start()
+        if self.forget() is None and _imports(frame):
+            self._waiting.append(number)
+            threading.Thread(target=self._again_after_the_import, daemon=True).start()
             return
         self.raised = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
         raise self.raised
 
-    def _again_after_the_import(self, number: int) -> None:
+    def forget(self) -> int | None:
+        """Let go of the signal that waits, if there is one, and return its number."""
+        return self._waiting.pop() if self._waiting else None
+
+    def _again_after_the_import(self) -> None:
         main = threading.main_thread().ident or 0
-        while _imports(sys._current_frames().get(main)):
+        while self._waiting and _imports(sys._current_frames().get(main)):
             time.sleep(LOOKS_EVERY)
-        self._waits = False  # should the main thread be at its next import when it hears
-        signal.pthread_kill(main, number)  # a real signal, which ends what sleeps
+        number = self.forget()
+        if number is not None:
+            signal.pthread_kill(main, number)  # a real signal, which ends what sleeps
 
 
 INTERRUPTING = Interrupting()
@@ -90,6 +96,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
+        INTERRUPTING.forget()  # too late: all is done
         for number, handler in before.items():
             signal.signal(number, handler)
 

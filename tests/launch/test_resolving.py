@@ -1,6 +1,7 @@
 """`launch.config`: its file is read by all, and what the user has given beside it wins or is refused."""
 
 import json
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +333,24 @@ def test_so_does_that_of_its_file_but_for_what_the_launcher_says(two_machines: s
     assert engine_asked(environ) == "ddp"
 
 
+def test_what_a_shell_has_exported_does_not_decide_how_the_engine_works(tmp_path: Path) -> None:
+    environ = {**TORCHRUN, "FSDP_VERSION": "1", "FSDP_OFFLOAD_PARAMS": "true"}
+    adopt_engine(LaunchSettings(engine="fsdp"), environ)
+    assert (environ["FSDP_VERSION"], engine_facts(environ)) == ("2", EngineFacts("fsdp"))
+    environ = {**TORCHRUN, "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", DEEPSPEED_FILE: str(tmp_path / "old.json")}
+    adopt_engine(LaunchSettings(engine="deepspeed", zero_stage=2), environ)
+    assert engine_facts(environ) == EngineFacts("deepspeed", zero_stage=2)
+
+
+def test_devices_are_the_launchers(tmp_path: Path) -> None:
+    path = tmp_path / "gpus.yaml"
+    path.write_text(FSDP.replace("use_cpu: true", "use_cpu: false\ngpu_ids: '0,1'"))
+    environ = dict(TORCHRUN)
+    adopt_engine(LaunchSettings(config=str(path)), environ)
+    assert engine_asked(environ) == "fsdp"
+    assert {name for name in environ if not name.startswith(("FSDP_", "ACCELERATE_"))} == set(TORCHRUN)
+
+
 @pytest.mark.parametrize("environ", [{}, {"PREFOPT_LAUNCH": "/tmp/x", **TORCHRUN}])
 def test_prefopts_own_processes_and_a_single_one_are_left_alone(environ: dict[str, str]) -> None:
     before = dict(environ)
@@ -367,5 +386,10 @@ def test_what_a_launcher_asks_for_is_obeyed(fsdp: str) -> None:
         environ = dict(ZERO_3)
         adopt_engine(settings, environ)
         assert environ == ZERO_3
-    by_content = {**ZERO_3, DEEPSPEED_FILE: "eyJ6ZXJvX29wdGltaXphdGlvbiI6IHsic3RhZ2UiOiAxfX0="}
+    by_content = {
+        **ZERO_3,
+        DEEPSPEED_FILE: b64encode(
+            json.dumps({"zero_optimization": {"stage": 1}, "x": 999 * "x"}).encode()
+        ).decode(),
+    }
     adopt_engine(LaunchSettings(zero_stage=1), by_content)

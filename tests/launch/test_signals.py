@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,26 @@ def test_a_second_signal_does_not_wait_for_an_import(tmp_path: Path, number: sig
     assert (code, out, err) == (128 + number, "", "prefopt: Interrupted.\n"), (
         "not what the library has made of it"
     )
+
+
+def test_tidying_up_after_a_second_signal_is_not_interrupted_by_the_first(tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text(LIBRARY.format(seconds=60))
+    tidies = "\n    ".join(["try: import library", "finally: time.sleep(0.5); print('tidied', flush=True)"])
+    process = command(tmp_path, tidies)
+    wait_for(process, "importing")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    assert end(process) == (130, "tidied\n", "prefopt: Interrupted.\n")
+
+
+def test_a_signal_in_a_last_import_comes_in_time_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "library.py").write_text(LIBRARY.format(seconds=0.5))
+    process = command(tmp_path, "import library; sys.exit()")
+    wait_for(process, "importing")
+    process.send_signal(signal.SIGINT)
+    code, _, err = end(process)
+    assert (code, err) in {(0, ""), (130, "prefopt: Interrupted.\n")}
 
 
 def test_the_exit_code_after_an_interruption_of_code_from_a_string(tmp_path: Path) -> None:

@@ -26,6 +26,9 @@ from tests.training.conftest import RECIPE
 pytestmark = pytest.mark.slow
 
 PATIENCE = 240
+OF_A_JOB = range(20_000, 30_000, 2)
+"""The ports that a script makes of its job's number."""
+
 MORE = ["dataset.eval={}", "launch.timeout=60"]
 
 
@@ -57,7 +60,7 @@ def test_slurms_tasks_train_together(recipe: str, tmp_path: Path) -> None:
     fake_slurm.write(tmp_path / "bin")
     options = SlurmOptions(nodes=2, gpus_per_node="0", setup=[f"PATH={tmp_path}/bin:$PATH"])
     Path("job.sbatch").write_text(slurm_script(recipe, MORE, load_recipe(recipe, MORE), options))
-    job = free_ports() // 2  # of which the script makes its port
+    job = free_ports(OF_A_JOB) // 2  # of which the script makes its port
     done = subprocess.run(
         ["bash", "job.sbatch"],
         env={**python_first(), **fake_slurm.variables(2, job)},
@@ -136,7 +139,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         (folder / name).mkdir(parents=True)
     ports = {name: free_ports() for name in ("control", "first", "second")}
     file = folder / "slurm.conf"
-    host, job = socket.gethostname().partition(".")[0], free_ports() // 2  # the script's ports come of it
+    host, job = socket.gethostname().partition(".")[0], free_ports(OF_A_JOB) // 2
     file.write_text(CONFIGURATION.format(host=host, job=job, folder=folder, **ports))
     monkeypatch.setenv("SLURM_CONF", str(file))
     commands = [["slurmctld", "-D"], ["slurmd", "-D", "-N", "127.0.0.1"], ["slurmd", "-D", "-N", "127.0.0.2"]]

@@ -55,7 +55,10 @@ class Interrupting:
 
     def forget(self) -> int | None:
         """Let go of the signal that waits, if there is one, and return its number."""
-        return self._waiting.pop() if self._waiting else None
+        try:
+            return self._waiting.pop()
+        except IndexError:
+            return None
 
     def _again_after_the_import(self) -> None:
         main = threading.main_thread().ident or 0

@@ -46,8 +46,7 @@ def _hear_no_more() -> None:
     """The work is done: one of several processes ends in peace, another by the signal itself."""
     INTERRUPTING.forget()
     if worker.launched():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        worker.stay_stopped()
     elif signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from prefopt_cli.launch.variables import FOLDER
 from tests.cli.conftest import environment
 
 LOADED = "import sys; sys.modules['torch'] = None"
@@ -62,6 +63,16 @@ def test_a_signal_after_the_work_does_not_lose_what_was_printed(number: signal.S
     waits = f"import atexit, os, signal; atexit.register(os.kill, os.getpid(), {number:d})"
     done = left(f"{LOADED}\n{waits}\n{PRINTS.format(code=0)}")
     assert (done.returncode, done.stdout, done.stderr) == (-number, "done\n", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_work_ends_none_of_several_processes(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """torchrun sends SIGTERM to those that are still at it when another has failed."""
+    waits = f"import atexit, os; atexit.register(os.kill, os.getpid(), {number:d})"
+    program = f"{LOADED}\n{waits}\nos.environ['{FOLDER}'] = {str(tmp_path)!r}\n{PRINTS.format(code=3)}"
+    assert left(program).returncode == 3
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
